@@ -1,0 +1,55 @@
+"""Compile every Triton kernel for GPUs that are not here: ``python tests/kernels/aot_main.py [cc ...]``.
+
+A process of its own, because one that has imported Triton's interpreter cannot compile. Prints one line per
+case; the exit code is 1 if a case fails or if no case was found.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+import time
+
+COMPUTE_CAPABILITIES = (80, 90, 100)
+
+
+def kernel_modules() -> list[str]:
+    import hf_accel.kernels
+
+    packages = [
+        m.name for m in pkgutil.iter_modules(hf_accel.kernels.__path__, "hf_accel.kernels.") if m.ispkg
+    ]
+    return sorted(f"{name}.triton" for name in packages if importlib.util.find_spec(f"{name}.triton"))
+
+
+def main(ccs: tuple[int, ...]) -> int:
+    import triton
+
+    from hf_accel.kernels.aot import compile_case
+
+    print(f"triton {triton.__version__} from {triton.__path__[0]}")
+    compiled, failed, start = 0, 0, time.perf_counter()
+    for module in kernel_modules():
+        for cc in ccs:
+            for case in importlib.import_module(module).aot_cases(cc):
+                began = time.perf_counter()
+                try:
+                    kernel = compile_case(case, cc)
+                except Exception as error:  # noqa: BLE001 - a failure of any kind is reported, the rest go on
+                    failed += 1
+                    print(f"FAIL sm{cc} {case.name}: {type(error).__name__}: {error}", flush=True)
+                else:
+                    compiled += 1
+                    seconds = time.perf_counter() - began
+                    print(
+                        f"ok   sm{cc} {case.name}: {kernel.metadata.shared} B shared, {seconds:.1f} s",
+                        flush=True,
+                    )
+    print(f"{compiled} compiled, {failed} failed, {time.perf_counter() - start:.0f} s")
+    return 0 if compiled and not failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(tuple(map(int, sys.argv[1:])) or COMPUTE_CAPABILITIES))
