@@ -1,0 +1,38 @@
+"""Published acceleration methods on models you have already loaded: one line on, exact undo, proof of what it did.
+
+>>> import hf_accel
+>>> applied = hf_accel.apply(pipe, "svg2")      # pipe: any loaded diffusers pipeline the method suits
+>>> print(applied.report())
+>>> applied.revert()
+
+Importing this package changes nothing in torch, diffusers, transformers or peft.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hf_accel.api import Applied, apply, explain, methods, revert
+    from hf_accel.registry import register
+
+_LAZY = {
+    "Applied": "api", "apply": "api", "explain": "api", "methods": "api", "revert": "api",
+    "register": "registry",
+}  # fmt: skip
+
+__all__ = ["Applied", "__version__", "apply", "explain", "methods", "register", "revert"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(f"hf_accel.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'hf_accel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

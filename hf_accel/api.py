@@ -1,0 +1,384 @@
+"""apply, revert, explain, methods: what users call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hf_accel import families, preset, registry
+from hf_accel.config import Config
+from hf_accel.errors import Conflict, HFAccelError, InvalidSetting, NotApplicable, RevertRefused, UnknownMethod
+from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.target import Model, Target, resolve
+from hf_accel.ledger import Ledger
+from hf_accel.method import SITE_ORDER, Method, conflict
+from hf_accel.preset import Wanted
+from hf_accel.report import MethodReport, Report
+
+# Instance attribute of a patched model; holds its installations, so that revert() finds them, also on a deep copy.
+MARK = "_hf_accel"
+
+
+@dataclass
+class Installation:
+    """One method on one model: what is needed to report it and to undo it."""
+
+    method: Method
+    ledger: Ledger
+    report: MethodReport
+    handle: Any = None
+
+
+class Applied:
+    """Methods that stand on a model. Also a context manager that reverts at its end.
+
+    Returned by :func:`apply`. Holds the models, so keep it only as long as you need them.
+    """
+
+    def __init__(self, target: Target, installed: list[tuple[Model, Installation]]):
+        self._target = target
+        self._installed = installed
+
+    @property
+    def active(self) -> bool:
+        """Whether any of it still stands."""
+        return bool(self._standing())
+
+    def report(self) -> Report:
+        """What was patched, what was skipped and why, which kernel runs, what it did so far."""
+        return Report([installation.report for _, installation in self._installed])
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """Counters by component name (``"transformer"``, ...) and method: calls, fallbacks, density per head.
+
+        Reads device tensors, so it waits for the device.
+        """
+        out: dict[str, dict[str, Any]] = {}
+        for model, installation in self._installed:
+            run = installation.report.run
+            out.setdefault(model.name, {})[installation.method.name] = run.to_dict() if run is not None else {}
+        return out
+
+    def handles(self, method: str | None = None) -> list[Any]:
+        """What the methods' hosts returned on installation, for measuring: seam contexts for attention methods."""
+        return [i.handle for _, i in self._installed if method is None or i.method.name == method]
+
+    def revert(self) -> None:
+        """Undo these methods exactly. A second call does nothing.
+
+        Raises:
+            RevertRefused: somebody changed the same attribute later; nothing was undone.
+        """
+        _undo(self._standing())
+
+    def _standing(self) -> list[tuple[Model, Installation]]:
+        return [(m, i) for m, i in self._installed if any(i is other for other in _marks(m.module))]
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.revert()
+
+    def __repr__(self) -> str:
+        names = ", ".join(dict.fromkeys(i.method.name for _, i in self._installed))
+        return f"<Applied {names} on {self._target.description}{'' if self.active else ', reverted'}>"
+
+
+Request = str | Config | Mapping[str, Mapping[str, Any]] | Iterable[Any] | None
+
+
+def apply(target: Any, method: Request = None, /, *, revision: str | None = None, **settings: Any) -> Applied:
+    """Put one or more methods on a loaded model.
+
+    Args:
+        target: a diffusers pipeline, a diffusers or transformers model, or a ``PeftModel``.
+        method: a method's name; a shipped preset's name; a preset file; ``"owner/name"`` of a preset on the Hub;
+            a :class:`~hf_accel.config.Config`; ``{name: settings}``; or a list of these. None takes what the
+            shipped ``configs/`` recommend for this very model.
+        revision: branch, tag or commit of a Hub preset.
+        **settings: settings of a single named method. They change the settings that ``configs/`` has for this
+            model and method, or else the method's defaults.
+
+    Returns:
+        Applied: handle with ``report()``, ``stats()``, ``revert()``; a context manager.
+
+    Raises:
+        UnknownMethod: no such method or preset; names the nearest.
+        InvalidSetting: a setting of the wrong type or range.
+        PresetError: a preset that cannot be read.
+        NotApplicable: no model in ``target`` suits a method.
+        NothingPatched: a suitable model in which nothing could be patched.
+        Conflict: the methods exclude each other, or one already on the model.
+
+    A failure leaves the model as it was. Applying a method that is already there replaces it.
+    """
+    found = resolve(target)
+    wanted = _wanted(found, method, revision, settings)
+    _check_each_other(wanted_types(wanted.values()))
+    plan: list[tuple[Model, Wanted]] = []
+    refusals: list[str] = []
+    for name, per_model in wanted.items():
+        fits, reasons = _fitting(found, per_model)
+        if not fits:
+            refusals.append(f"{name}: " + "; ".join(reasons))
+        plan += fits
+    if refusals:
+        raise NotApplicable(
+            f"{found.description} suits no method asked for. " + " | ".join(refusals) + ". See hf_accel.explain(...)."
+        )
+    plan.sort(key=lambda item: SITE_ORDER.index(registry.get(item[1].method).facts.site))
+    _check_present(plan)
+    return Applied(found, _install(found, plan))
+
+
+def revert(target: Any) -> None:
+    """Take every hf_accel method off a pipeline or model (also off a deep copy of a patched one).
+
+    Raises:
+        RevertRefused: somebody changed the same attribute later; nothing was undone.
+        NotApplicable: ``target`` is no pipeline or model.
+    """
+    _undo([(model, i) for model in resolve(target).models for i in _marks(model.module)])
+
+
+def methods() -> dict[str, dict[str, str]]:
+    """The registry: name -> site, summary, paper."""
+    return {
+        name: {"site": cls.facts.site, "summary": cls.summary, "paper": cls.paper}
+        for name, cls in registry.methods().items()
+    }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a method applies to a target, and why not; the recommended settings if the configs have them."""
+
+    method: str
+    applies: bool
+    reason: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.method:<16} {'applies' if self.applies else 'does not apply'}: {self.reason}"
+
+
+class Explanation(list[Verdict]):
+    """A list of verdicts that prints as a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def explain(target: Any) -> Explanation:
+    """Every method: does it apply to this model, and the reason. Changes nothing."""
+    found = resolve(target)
+    out = Explanation()
+    for name, cls in registry.methods().items():
+        reasons = {m.name: cls.why_not(m) for m in found.models}
+        fitting = [m for m in found.models if reasons[m.name] is None]
+        if fitting:
+            known = next((w for m in fitting if (w := families.settings_for(m, name)) is not None), None)
+            where = ", ".join(f"{m.name} ({m.class_name})" for m in fitting)
+            origin = known.origin if known is not None else "the method's defaults; no tuned settings for this model"
+            settings = known.config.to_dict()["settings"] if known is not None else {}
+            out.append(Verdict(name, True, f"on {where}; settings from {origin}", settings))
+        else:
+            out.append(Verdict(name, False, "; ".join(dict.fromkeys(r for r in reasons.values() if r))))
+    return out
+
+
+# -- what is wanted ------------------------------------------------------------------------------------------------
+
+PerModel = dict[str, Wanted]  # component name -> what is wanted on it
+
+
+def _wanted(target: Target, request: Request, revision: str | None, settings: dict[str, Any]) -> dict[str, PerModel]:
+    """Method name -> model name -> what is wanted there, after reading presets and configs."""
+    if request is None:
+        if settings:
+            raise InvalidSetting("apply", next(iter(settings)), next(iter(settings.values())), "given with a method's name")
+        return _recommended(target)
+    items = [request] if isinstance(request, str | Config | Mapping) else list(request)
+    if not items:
+        raise UnknownMethod("", registry.methods())
+    if settings and (len(items) != 1 or not isinstance(items[0], str)):
+        raise InvalidSetting(
+            "apply", next(iter(settings)), next(iter(settings.values())), "given for a single named method; "
+            "for several pass {'name': {...}, ...}",
+        )  # fmt: skip
+    out: dict[str, PerModel] = {}
+    for item in items:
+        for name, per_model in _read(target, item, revision, settings):
+            if name in out:
+                raise Conflict(f"{name!r} was asked for twice in one apply().")
+            out[name] = per_model
+    return out
+
+
+def _read(target: Target, item: Any, revision: str | None, settings: dict[str, Any]) -> list[tuple[str, PerModel]]:
+    if isinstance(item, Config):
+        wanted = Wanted(item.METHOD, item, "settings given by the caller")
+        return [(item.METHOD, {m.name: wanted for m in target.models})]
+    if isinstance(item, Mapping):
+        return [(name, _named(target, name, dict(values or {}))) for name, values in item.items()]
+    if not isinstance(item, str):
+        raise NotApplicable(
+            f"A method is given by name, as a Config, as {{name: settings}}, or as a list of these; got "
+            f"{type(item).__name__}."
+        )
+    shipped = families.shipped_presets()
+    if preset.is_reference(item):
+        loaded = preset.load(item, revision)
+    elif item in shipped and item not in registry.methods():
+        loaded = shipped[item]
+    else:
+        if revision is not None:
+            raise InvalidSetting("apply", "revision", revision, "given with a Hub preset 'owner/name'")
+        registry.get(item, also_known=tuple(shipped))
+        return [(item, _named(target, item, settings))]
+    if settings:
+        raise InvalidSetting(
+            f"preset {item}", next(iter(settings)), next(iter(settings.values())),
+            "absent: a preset brings its own settings; copy it and change the copy, or name the method",
+        )  # fmt: skip
+    return [(w.method, {m.name: w for m in target.models}) for w in loaded.wanted]
+
+
+def _named(target: Target, name: str, settings: dict[str, Any]) -> PerModel:
+    """A method by name: the settings the configs have for each model, changed by the caller's."""
+    cls = registry.get(name)
+    out = {}
+    for model in target.models:
+        known = families.settings_for(model, name)
+        if known is None:
+            origin = "settings given by the caller" if settings else "the method's defaults; none are known for this model"
+            out[model.name] = Wanted(name, cls.Config.build(settings), origin)
+        else:
+            changed = f", changed by the caller: {', '.join(settings)}" if settings else ""
+            out[model.name] = Wanted(name, known.config.replace(**settings), known.origin + changed)
+    return out
+
+
+def _recommended(target: Target) -> dict[str, PerModel]:
+    out: dict[str, PerModel] = {}
+    for model in target.models:
+        for wanted in families.recommended(model):
+            out.setdefault(wanted.method, {})[model.name] = wanted
+    if not out:
+        classes = ", ".join(m.class_name for m in target.models)
+        raise NotApplicable(
+            f"No shipped config recommends a method for {target.description} ({classes}). Name a method yourself; "
+            "hf_accel.explain(...) lists those that apply."
+        )
+    return out
+
+
+def _fitting(target: Target, per_model: PerModel) -> tuple[list[tuple[Model, Wanted]], list[str]]:
+    fits, reasons = [], []
+    for model in target.models:
+        wanted = per_model.get(model.name)
+        if wanted is None:
+            continue
+        # A method that stands there already does not stand in its own way: it will be replaced.
+        standing = any(i.method.name == wanted.method for i in _marks(model.module))
+        reason = None if standing else registry.get(wanted.method).why_not(model)
+        if reason is None or _taken_by_other(model, wanted):
+            fits.append((model, wanted))
+        else:
+            reasons.append(f"{model.name}: {reason}")
+    return fits, reasons
+
+
+# -- conflicts -----------------------------------------------------------------------------------------------------
+
+
+def wanted_types(per_models: Iterable[PerModel]) -> list[type[Method]]:
+    """The methods in a request, in order."""
+    return [registry.get(next(iter(per_model.values())).method) for per_model in per_models]
+
+
+def _check_each_other(types: list[type[Method]]) -> None:
+    for i, first in enumerate(types):
+        for second in types[i + 1 :]:
+            if (reason := conflict(first, second)) is not None:
+                raise Conflict(f"{reason}. Apply one of them.")
+
+
+def _taken_by_other(model: Model, wanted: Wanted) -> bool:
+    cls = registry.get(wanted.method)
+    return any(conflict(cls, type(i.method)) is not None for i in _marks(model.module))
+
+
+def _check_present(plan: list[tuple[Model, Wanted]]) -> None:
+    for model, wanted in plan:
+        for installation in _marks(model.module):
+            reason = conflict(registry.get(wanted.method), type(installation.method))
+            if reason is not None:
+                raise Conflict(
+                    f"{reason}; {installation.method.name} is on {model.name} already. Revert it first: "
+                    "hf_accel.revert(...)."
+                )
+
+
+# -- change and undo -----------------------------------------------------------------------------------------------
+
+
+def _marks(module: torch.nn.Module) -> list[Installation]:
+    return module.__dict__.get(MARK, [])
+
+
+def _install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Model, Installation]]:
+    replaced = [
+        (model, old) for model, wanted in plan for old in _marks(model.module) if old.method.name == wanted.method
+    ]
+    _undo(replaced)
+    clock = Clock(target.pipeline)
+    done: list[tuple[Model, Installation]] = []
+    try:
+        for model, wanted in plan:
+            done.append((model, _put(model, wanted.config, wanted.origin, clock)))
+    except BaseException:
+        _undo(done)
+        for model, old in replaced:
+            _put(model, old.method.config, old.report.origin, clock)
+        raise
+    return done
+
+
+def _put(model: Model, config: Config, origin: str, clock: Clock) -> Installation:
+    method = registry.get(config.METHOD)(config)
+    settings = config.to_dict()["settings"]
+    report = MethodReport(method.name, settings, model.name, model.class_name, origin)
+    installation = Installation(method, Ledger(), report)
+    try:
+        installation.handle = method.install(model, installation.ledger, report, clock)
+    except BaseException:
+        installation.ledger.undo()
+        raise
+    model.module.__dict__.setdefault(MARK, []).append(installation)
+    return installation
+
+
+def _undo(installed: list[tuple[Model, Installation]]) -> None:
+    """Undo in reverse order, all or nothing."""
+    reasons = []
+    for model, installation in installed:
+        try:
+            installation.ledger.check()
+        except RevertRefused as refused:
+            reasons.append(f"{installation.method.name} on {model.name}: {refused}")
+    if reasons:
+        raise RevertRefused(" ".join(reasons))
+    for model, installation in reversed(installed):
+        installation.ledger.undo()
+        marks = _marks(model.module)
+        marks[:] = [other for other in marks if other is not installation]
+        if not marks:
+            model.module.__dict__.pop(MARK, None)
+
+
+__all__ = ["Applied", "Explanation", "HFAccelError", "Verdict", "apply", "explain", "methods", "revert"]

@@ -1,0 +1,1 @@
+"""The only room that knows private parts of diffusers, transformers and peft."""

@@ -1,0 +1,149 @@
+"""What differs between diffusers denoisers: which attentions are self-attention over video tokens, how the token
+grid is read from a forward call, where text stands. One small table entry per class, nothing else per model.
+
+Sequence layouts and argument shapes: see ``docs/hosts.md``. A class that is not in the table has no token grid for us.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from hf_accel.attention.call import TextPlace
+
+Arguments = Mapping[str, Any]
+Dims = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """How to read one class of denoiser.
+
+    Attributes:
+        self_attention: patterns of the dotted names of its video self-attention modules, in execution order.
+        dims: ``(module, arguments) -> (frames, height, width)`` in tokens, or None if this call does not tell.
+        text: where text tokens stand in the self-attention's sequence.
+        order: position of the forward's first arguments, for calls that pass them without names.
+        ids: name of a tensor argument with the lattice coordinates of every token (packed image models).
+        mask: ``"keys"``: the mask hides keys only. ``"outer"``: it is valid_i & valid_j, so that its first row
+            (a video token, always valid) is the key mask.
+        per_item: attention is called once per batch item.
+    """
+
+    self_attention: tuple[str, ...]
+    dims: Callable[[torch.nn.Module, Arguments], Dims | None]
+    text: TextPlace = "none"
+    order: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")
+    ids: str | None = None
+    mask: Literal["keys", "outer"] = "keys"
+    per_item: bool = False
+
+    def arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Positional and named arguments of a forward as one mapping."""
+        return {**dict(zip(self.order, args, strict=False)), **kwargs}
+
+    def attentions(self, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+        """Video self-attention modules in execution order."""
+        patterns = [re.compile(pattern + r"\Z") for pattern in self.self_attention]
+        named = list(module.named_modules())
+        return [(name, sub) for pattern in patterns for name, sub in named if pattern.match(name)]
+
+
+def _patches(size: torch.Size, patch: tuple[int, int, int], frames_at: int = 2) -> Dims:
+    frames, height, width = size[frames_at], size[3], size[4]
+    return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def _triple(module: torch.nn.Module, arguments: Arguments) -> Dims:
+    """``[B, C, F, H, W]`` with ``config.patch_size`` a triple (Wan, SkyReels-V2, Cosmos)."""
+    return _patches(arguments["hidden_states"].shape, tuple(module.config.patch_size))
+
+
+def _hunyuan(module: torch.nn.Module, arguments: Arguments) -> Dims:
+    """``[B, C, F, H, W]`` with ``patch_size_t`` and ``patch_size``."""
+    p = module.config.patch_size
+    return _patches(arguments["hidden_states"].shape, (module.config.patch_size_t, p, p))
+
+
+def _cogvideox(module: torch.nn.Module, arguments: Arguments) -> Dims:
+    """``[B, F, C, H, W]``; CogVideoX 1.5 also patches frames."""
+    p = module.config.patch_size
+    return _patches(arguments["hidden_states"].shape, (module.config.patch_size_t or 1, p, p), frames_at=1)
+
+
+def _mochi(module: torch.nn.Module, arguments: Arguments) -> Dims:
+    """``[B, C, F, H, W]``, frames not patched."""
+    p = module.config.patch_size
+    return _patches(arguments["hidden_states"].shape, (1, p, p))
+
+
+def _ltx(module: torch.nn.Module, arguments: Arguments) -> Dims | None:
+    """Packed ``[B, S, C]``; the sizes of the latent lattice come as arguments (absent with ``video_coords``)."""
+    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
+    if any(size is None for size in sizes):
+        return None
+    p, p_t = module.config.patch_size, module.config.patch_size_t
+    return int(sizes[0]) // p_t, int(sizes[1]) // p, int(sizes[2]) // p
+
+
+def _from_ids(module: torch.nn.Module, arguments: Arguments) -> None:
+    """The lattice comes from token coordinates; see :func:`dims_from_ids`."""
+    return None
+
+
+def dims_from_ids(ids: torch.Tensor, tokens: int) -> Dims | None:
+    """Lattice of an image from its token coordinates ``[S, 3]`` (frame or image id, row, column).
+
+    Control and Kontext pipelines append the tokens of further images with their own coordinates: then the ids are
+    no full rectangle and there is no grid. Reads the tensor (one device sync).
+    """
+    ids = ids[0] if ids.ndim == 3 else ids
+    low, high = ids.amin(0).tolist(), ids.amax(0).tolist()
+    height, width = int(high[1] - low[1]) + 1, int(high[2] - low[2]) + 1
+    return (1, height, width) if height * width == tokens == ids.shape[0] else None
+
+
+_WAN_BLOCKS = (r"blocks\.\d+\.attn1",)
+_HUNYUAN_BLOCKS = (r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn")
+_DIT_BLOCKS = (r"transformer_blocks\.\d+\.attn1",)
+
+DENOISERS: dict[str, Denoiser] = {
+    "WanTransformer3DModel": Denoiser(_WAN_BLOCKS, _triple),
+    "WanVACETransformer3DModel": Denoiser((r"vace_blocks\.\d+\.attn1", *_WAN_BLOCKS), _triple),
+    "SkyReelsV2Transformer3DModel": Denoiser(_WAN_BLOCKS, _triple),
+    "HunyuanVideoTransformer3DModel": Denoiser(_HUNYUAN_BLOCKS, _hunyuan, text="last"),
+    "HunyuanVideo15Transformer3DModel": Denoiser(_HUNYUAN_BLOCKS[:1], _hunyuan, text="last", mask="outer"),
+    "CogVideoXTransformer3DModel": Denoiser(
+        _DIT_BLOCKS, _cogvideox, text="first", order=("hidden_states", "encoder_hidden_states", "timestep")
+    ),
+    "LTXVideoTransformer3DModel": Denoiser(
+        _DIT_BLOCKS, _ltx, order=("hidden_states", "encoder_hidden_states", "timestep")
+    ),
+    "MochiTransformer3DModel": Denoiser(
+        _DIT_BLOCKS,
+        _mochi,
+        text="last",
+        order=("hidden_states", "encoder_hidden_states", "timestep"),
+        per_item=True,
+    ),
+    "CosmosTransformer3DModel": Denoiser(_DIT_BLOCKS, _triple),
+    "FluxTransformer2DModel": Denoiser(
+        _HUNYUAN_BLOCKS,
+        _from_ids,
+        text="first",
+        order=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+        ids="img_ids",
+    ),
+}
+
+
+def describe(module: torch.nn.Module) -> Denoiser | None:
+    """The table entry of a model: by its class, or by a diffusers class it derives from."""
+    for cls in type(module).__mro__:
+        if cls.__name__ in DENOISERS:
+            return DENOISERS[cls.__name__]
+    return None

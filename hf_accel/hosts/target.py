@@ -1,0 +1,109 @@
+"""From what the user holds (pipeline, model, PeftModel, compiled model) to the modules that methods work on."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_accel.errors import NotApplicable
+
+# Names under which pipelines keep the network that runs once per denoising step.
+DENOISER_COMPONENTS = ("transformer", "transformer_2", "transformer_3", "unet", "prior", "decoder", "dit")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One network methods may be put on: its component name in the pipeline (``"model"`` outside one)."""
+
+    name: str
+    module: torch.nn.Module
+
+    @property
+    def class_name(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's configuration as a plain mapping (empty if it has none)."""
+        config = getattr(self.module, "config", None)
+        if config is None:
+            return {}
+        return dict(config.to_dict() if hasattr(config, "to_dict") else config)
+
+    @property
+    def source(self) -> str:
+        """Hub id or folder it was loaded from, as the host library remembers it; empty if it does not."""
+        config = getattr(self.module, "config", None)
+        return str(getattr(config, "_name_or_path", "") or self.config.get("_name_or_path", "") or "")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What :func:`resolve` found. ``pipeline`` is weak: nothing of ours keeps a pipeline alive."""
+
+    description: str
+    models: tuple[Model, ...]
+    pipeline: weakref.ref | None = None
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The network inside ``torch.compile`` and peft wrappers: the instance that is really called."""
+    seen: set[int] = set()
+    while id(module) not in seen:
+        seen.add(id(module))
+        if hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        elif _is_a(module, "peft", "PeftModel"):
+            module = module.get_base_model()
+    return module
+
+
+def resolve(obj: Any) -> Target:
+    """Find the networks in what the user handed over.
+
+    Raises:
+        NotApplicable: the object is no pipeline or model, or holds nothing that methods work on.
+    """
+    if isinstance(obj, torch.nn.Module):
+        module = unwrap(obj)
+        return Target(type(obj).__name__, (Model("model", module),))
+    components = getattr(obj, "components", None)
+    if isinstance(components, dict):
+        models = tuple(
+            Model(name, unwrap(components[name]))
+            for name in DENOISER_COMPONENTS
+            if isinstance(components.get(name), torch.nn.Module)
+        )
+        if not models:
+            raise NotApplicable(
+                f"{type(obj).__name__} has no component that hf_accel works on: looked for "
+                f"{', '.join(DENOISER_COMPONENTS)}; found {', '.join(sorted(components)) or 'none'}."
+            )
+        return Target(type(obj).__name__, models, weakref.ref(obj))
+    raise NotApplicable(
+        f"Expected a diffusers pipeline, a diffusers or transformers model, or a PeftModel; got "
+        f"{type(obj).__module__}.{type(obj).__name__}. Load the model first and pass the object itself."
+    )
+
+
+def kind(module: torch.nn.Module) -> str:
+    """``"denoiser"``, ``"text encoder"``, ``"autoencoder"``, ``"language model"`` or ``"module"``: for error messages."""
+    name = type(module).__name__
+    if _is_a(module, "transformers", "PreTrainedModel"):
+        generates = getattr(module, "can_generate", None)
+        return "language model" if generates is not None and generates() else "text encoder"
+    if name.startswith("Autoencoder") or name.startswith("VQ"):
+        return "autoencoder"
+    if _is_a(module, "diffusers", "ModelMixin"):
+        return "denoiser"
+    return "module"
+
+
+def _is_a(obj: Any, library: str, class_name: str) -> bool:
+    """isinstance without importing a library that the user has not imported."""
+    cls = getattr(sys.modules.get(library), class_name, None) if library in sys.modules else None
+    return cls is not None and isinstance(obj, cls)

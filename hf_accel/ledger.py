@@ -1,0 +1,160 @@
+"""The single way to change a model: every change is written down, and undone in reverse.
+
+A ledger belongs to one model. It holds plain references, no closures, so that ``copy.deepcopy(model)`` carries a
+ledger that speaks of the copy, and the copy can be reverted on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from hf_accel.errors import RevertRefused
+
+
+class _Missing:
+    """Marks "this attribute was not there". One object per process, also through copies and pickles."""
+
+    def __copy__(self) -> _Missing:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> _Missing:
+        return self
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING = _Missing()
+
+
+class Change(Protocol):
+    """One change of a model. ``blocked()`` tells in words why it cannot be undone now, or None."""
+
+    def blocked(self) -> str | None: ...
+
+    def undo(self) -> None: ...
+
+
+def _own(target: Any, name: str) -> Any:
+    """The instance's own attribute, never the class's; MISSING if it has none."""
+    if isinstance(target, torch.nn.Module):
+        for store in ("_parameters", "_buffers", "_modules"):
+            if name in target.__dict__.get(store, {}):
+                return target.__dict__[store][name]
+    return target.__dict__.get(name, MISSING)
+
+
+def _describe(target: Any, name: str) -> str:
+    return f"{type(target).__name__}.{name}"
+
+
+@dataclass
+class AttributeChange:
+    """``target.name`` was ``old`` (or absent) and became ``new``."""
+
+    target: Any
+    name: str
+    old: Any
+    new: Any
+
+    def blocked(self) -> str | None:
+        current = _own(self.target, self.name)
+        if current is self.new:
+            return None
+        found = "removed" if current is MISSING else f"replaced by a {type(current).__name__}"
+        return f"{_describe(self.target, self.name)} was {found} after hf_accel set it"
+
+    def undo(self) -> None:
+        if self.old is MISSING:
+            delattr(self.target, self.name)
+        else:
+            setattr(self.target, self.name, self.old)
+
+
+@dataclass
+class HookChange:
+    """A hook object stands in one of a module's hook dictionaries (``_forward_pre_hooks``, ...)."""
+
+    module: torch.nn.Module
+    store: str
+    hook: Any
+    key: int
+
+    def blocked(self) -> str | None:
+        return None  # hooks commute: one that is gone already needs no undo
+
+    def undo(self) -> None:
+        hooks = getattr(self.module, self.store)
+        if hooks.get(self.key) is self.hook:
+            del hooks[self.key]
+            for flags in ("_with_kwargs", "_always_called"):
+                getattr(self.module, self.store + flags, {}).pop(self.key, None)
+
+
+class Lease(Protocol):
+    """A registration in another library that is given back; see :meth:`Ledger.hold`."""
+
+    @property
+    def release(self) -> Callable[[], Any]: ...
+
+
+@dataclass
+class LeaseChange:
+    """A registration in another library, held while the change stands."""
+
+    lease: Lease
+
+    def blocked(self) -> str | None:
+        return None
+
+    def undo(self) -> None:
+        self.lease.release()
+
+
+class Ledger:
+    """Changes made to one model, in order."""
+
+    def __init__(self) -> None:
+        self.changes: list[Change] = []
+
+    def set(self, target: Any, name: str, value: Any) -> None:
+        """``setattr(target, name, value)`` on this instance only, written down."""
+        change = AttributeChange(target, name, _own(target, name), value)
+        setattr(target, name, value)
+        self.changes.append(change)
+
+    def pre_hook(self, module: torch.nn.Module, hook: Any) -> None:
+        """Register a forward pre-hook ``hook(module, args, kwargs)``. ``hook`` must be an object, not a closure."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        self.changes.append(HookChange(module, "_forward_pre_hooks", hook, handle.id))
+
+    def post_hook(self, module: torch.nn.Module, hook: Any) -> None:
+        """Register a forward hook ``hook(module, args, kwargs, output)`` that also runs after an exception."""
+        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=True)
+        self.changes.append(HookChange(module, "_forward_hooks", hook, handle.id))
+
+    def hold(self, lease: Lease) -> None:
+        """Keep a registration in another library until undo."""
+        self.changes.append(LeaseChange(lease))
+
+    def check(self) -> None:
+        """Raise :class:`RevertRefused` if undo would destroy somebody else's later change."""
+        reasons = [reason for change in self.changes if (reason := change.blocked())]
+        if reasons:
+            raise RevertRefused(
+                f"Cannot undo: {'; '.join(reasons)}. Undo that later change first (or set the attribute back), "
+                "then call revert() again. Nothing was changed."
+            )
+
+    def undo(self) -> None:
+        """Undo everything in reverse order, or raise :class:`RevertRefused` and undo nothing."""
+        self.check()
+        while self.changes:
+            self.changes.pop().undo()
+
+    def __len__(self) -> int:
+        return len(self.changes)

@@ -1,0 +1,169 @@
+"""What a method is: declared facts, checked settings, and a way to put itself on a model.
+
+Composition is derived from the facts (:func:`conflict`), never from lists of friends.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+
+from hf_accel.attention.call import AttentionCall
+from hf_accel.attention.gate import resolve_share
+from hf_accel.config import Config
+from hf_accel.hosts import attention as attention_host
+from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.seam import SeamContext
+from hf_accel.hosts.target import Model
+from hf_accel.ledger import Ledger
+from hf_accel.report import MethodReport
+
+Site = Literal["attention", "step cache", "kv cache", "linear", "sampler", "adapter", "training"]
+Need = Literal["token grid", "step", "branch", "text span", "prefix cache", "trained weights"]
+
+# Order of installation: what lies deeper in the network first, so that outer sites wrap finished inner ones.
+SITE_ORDER: tuple[Site, ...] = ("linear", "adapter", "attention", "kv cache", "step cache", "sampler", "training")
+
+# Sites where two methods would compute the same thing twice: one owner per model.
+EXCLUSIVE_SITES: frozenset[Site] = frozenset({"attention", "step cache", "kv cache", "sampler"})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method owns, needs and can do. The generic tests hold every method to its facts.
+
+    Attributes:
+        site: the place in the model it takes.
+        needs: what the host must be able to tell it.
+        backward: gradients flow through it; otherwise calls that need gradients run dense and are counted.
+        compile: works in a model under ``torch.compile(fullgraph=True)``.
+        context_parallel: works when heads or tokens are sharded over devices.
+        batched: handles batch > 1.
+        causal: an attention method that honours a causal mask; others run dense there.
+        exact: computes the unpatched result (to rounding) at every setting.
+        full_budget: settings at which an approximate method equals the unpatched model.
+        dtypes, max_head_dim: what its kernels accept.
+    """
+
+    site: Site
+    needs: frozenset[Need] = frozenset()
+    backward: bool = False
+    compile: bool = True
+    context_parallel: bool = False
+    batched: bool = True
+    causal: bool = False
+    exact: bool = False
+    full_budget: dict[str, Any] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    max_head_dim: int = 256
+
+
+def conflict(a: type[Method], b: type[Method]) -> str | None:
+    """Why two methods cannot be on one model together, or None. Symmetric."""
+    if a.name == b.name:
+        return None  # applying a method again replaces it
+    if a.facts.site == b.facts.site and a.facts.site in EXCLUSIVE_SITES:
+        first, second = sorted((a.name, b.name))
+        return f"{first} and {second} both own the {a.facts.site} site of a model; only one method can"
+    return None
+
+
+class Method(ABC):
+    """A published method with its settings. Subclasses declare the class attributes and :meth:`install`.
+
+    Attributes:
+        name: registry name; the user types it.
+        paper: title and arXiv number.
+        summary: one line for ``methods()``.
+        facts: see :class:`Facts`.
+        Config: the settings class.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    facts: ClassVar[Facts]
+    Config: ClassVar[type[Config]]
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def why_not(cls, model: Model) -> str | None:
+        """Why the method does not apply to this model, in words; None if it does."""
+
+    @abstractmethod
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+        """Change the model through the ledger and write into the report. May raise; the caller undoes."""
+
+
+class AttentionMethod(Method):
+    """A method that computes self-attention. An easy one is one function: :meth:`attend`.
+
+    ``dense_steps`` and ``dense_layers`` in its settings are honoured here, before :meth:`attend` is asked.
+    """
+
+    @abstractmethod
+    def attend(self, call: AttentionCall, state: Any) -> torch.Tensor:
+        """Compute one attention call: ``[B, H, Sq, D]`` like ``call.query``.
+
+        ``state`` is what :meth:`new_state` made for this layer in this generation.
+        """
+
+    def new_state(self) -> Any:
+        """State of one layer for one generation."""
+        return None
+
+    def observe(self, call: AttentionCall, state: Any) -> None:
+        """A call in a dense step of a layer that will be sparse later; the place to warm up state."""
+
+    @classmethod
+    def why_not(cls, model: Model) -> str | None:
+        return attention_host.why_not(model.module)
+
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> SeamContext:
+        return attention_host.install(model, AttentionRunner(self), ledger, report, clock)
+
+
+class AttentionRunner:
+    """Runs an attention method inside the seam: dense gate, grid check, state per layer and generation."""
+
+    def __init__(self, method: AttentionMethod):
+        self.method = method
+        self.differentiable = method.facts.backward
+        self._states: dict[tuple[int, int], Any] = {}
+
+    def reset(self) -> None:
+        self._states = {}
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        settings = cast(Any, self.method.config)
+        dense_layers = resolve_share(getattr(settings, "dense_layers", 0), call.layer.count)
+        if call.layer.index < dense_layers:
+            return call.fallback("dense layer (dense_layers)")
+        if "token grid" in self.method.facts.needs:
+            if call.grid is None:
+                return call.fallback("the token grid of this forward is unknown")
+            lengths = call.query.shape[2], call.key.shape[2]
+            if lengths[0] != lengths[1] or call.grid.video_span(lengths[0]) is None:
+                return call.fallback(f"{lengths[0]} x {lengths[1]} tokens disagree with the grid {call.grid}")
+        if call.causal and not self.method.facts.causal:
+            return call.fallback("causal attention")
+        key = (call.layer.index, call.item)
+        if key not in self._states:
+            self._states[key] = self.method.new_state()
+        if self._dense_step(call, getattr(settings, "dense_steps", 0)):
+            self.method.observe(call, self._states[key])
+            return call.fallback("dense step (dense_steps)")
+        return self.method.attend(call, self._states[key])
+
+    @staticmethod
+    def _dense_step(call: AttentionCall, dense_steps: int | float) -> bool:
+        """A count is a count; a fraction is of the step count where known, else of the fall of the timestep."""
+        if isinstance(dense_steps, int) or call.step.count is not None:
+            return call.step.index < resolve_share(dense_steps, call.step.count or 0)
+        return call.step.progress < dense_steps

@@ -1,0 +1,176 @@
+"""What happened: which modules were patched or skipped and why, which kernel runs, what it did so far."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Patched:
+    """One module that a method changed, and how."""
+
+    model: str
+    module: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One module (or a group of like modules) left alone, and why."""
+
+    model: str
+    module: str
+    reason: str
+
+
+@dataclass
+class LayerDensity:
+    """Density of one attention call: ``heads`` ``[H]`` on its device, mean over the batch."""
+
+    layer: int
+    step: int
+    branch: str
+    heads: torch.Tensor
+
+
+@dataclass
+class RunStatistics:
+    """What a patched attention site did since it was applied. Tensors stay on their device until asked for."""
+
+    forwards: int = 0
+    generations: int = 0
+    sparse_calls: int = 0
+    dense_calls: Counter[str] = field(default_factory=Counter)
+    kernels: dict[str, tuple[str, str]] = field(default_factory=dict)
+    densities: list[LayerDensity] = field(default_factory=list)
+    attention_seconds: float = 0.0
+    _past_density: float = 0.0
+    _past_calls: int = 0
+
+    def record(self, layer: int, step: int, branch: str, notes: dict[str, Any]) -> None:
+        """Take over the notes of one attention call."""
+        self.kernels.update(notes.get("kernels", {}))
+        reason = notes.get("fallback")
+        if reason is not None:
+            self.dense_calls[reason] += 1
+            return
+        self.sparse_calls += 1
+        density = notes.get("density")
+        if density is not None:
+            heads = density.float().mean(0) if density.ndim == 2 else density.float()
+            self.densities.append(LayerDensity(layer, step, branch, heads))
+
+    def begin_generation(self) -> None:
+        """Fold the details of the last generation into the totals."""
+        self.generations += 1
+        if self.densities:
+            self._past_density += float(torch.stack([d.heads.mean() for d in self.densities]).sum())
+            self._past_calls += len(self.densities)
+            self.densities = []
+
+    @property
+    def mean_density(self) -> float | None:
+        """Mean share of query-key pairs computed in sparse calls, or None before the first."""
+        calls = self._past_calls + len(self.densities)
+        if not calls:
+            return None
+        now = float(torch.stack([d.heads.mean() for d in self.densities]).sum()) if self.densities else 0.0
+        return (self._past_density + now) / calls
+
+    def density_by_layer_and_head(self) -> dict[int, list[float]]:
+        """Layer index -> density of each head, mean over the calls of the last generation."""
+        groups: dict[int, list[torch.Tensor]] = {}
+        for entry in self.densities:
+            groups.setdefault(entry.layer, []).append(entry.heads)
+        return {layer: torch.stack(values).mean(0).tolist() for layer, values in sorted(groups.items())}
+
+    def density_by_layer_and_step(self) -> dict[tuple[int, int], float]:
+        """(layer, step) -> density of the last generation, mean over heads and branches."""
+        groups: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for entry in self.densities:
+            groups.setdefault((entry.layer, entry.step), []).append(entry.heads.mean())
+        return {key: float(torch.stack(values).mean()) for key, values in sorted(groups.items())}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "forwards": self.forwards,
+            "generations": self.generations,
+            "sparse_calls": self.sparse_calls,
+            "dense_calls": dict(self.dense_calls),
+            "mean_density": self.mean_density,
+            "density_by_layer_and_head": self.density_by_layer_and_head(),
+            "kernels": {op: {"backend": b, "reason": r} for op, (b, r) in self.kernels.items()},
+            "attention_seconds": self.attention_seconds,
+        }
+
+
+@dataclass
+class MethodReport:
+    """The report of one method on one model."""
+
+    method: str
+    settings: dict[str, Any]
+    model: str
+    model_class: str
+    origin: str = "settings given by the caller"
+    patched: list[Patched] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    run: RunStatistics | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "settings": self.settings,
+            "model": self.model,
+            "model_class": self.model_class,
+            "origin": self.origin,
+            "patched": [vars_of(p) for p in self.patched],
+            "skipped": [vars_of(s) for s in self.skipped],
+            "notes": list(self.notes),
+            "run": self.run.to_dict() if self.run is not None else None,
+        }
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{k}={v}" for k, v in self.settings.items())
+        lines = [f"{self.method} on {self.model} ({self.model_class})", f"  settings  {settings}", f"  from      {self.origin}"]
+        kinds = Counter(p.kind for p in self.patched)
+        lines.append("  patched   " + (", ".join(f"{n} x {kind}" for kind, n in kinds.items()) or "nothing"))
+        reasons = Counter(s.reason for s in self.skipped)
+        lines += [f"  skipped   {n} x {reason}" for reason, n in reasons.items()]
+        if self.run is not None:
+            run = self.run
+            density = run.mean_density
+            lines.append(
+                f"  ran       {run.forwards} forwards in {run.generations} generations; "
+                f"{run.sparse_calls} attention calls by {self.method}"
+                + (f" at mean density {density:.3f}" if density is not None else "")
+            )
+            lines += [f"  dense     {n} x {reason}" for reason, n in run.dense_calls.most_common()]
+            lines += [f"  kernel    {op}: {backend} ({why})" for op, (backend, why) in sorted(run.kernels.items())]
+        lines += [f"  note      {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def vars_of(record: Patched | Skipped) -> dict[str, str]:
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
+@dataclass
+class Report:
+    """All methods of one ``apply`` call, one entry per method and model."""
+
+    entries: list[MethodReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"entries": [entry.to_dict() for entry in self.entries]}
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.entries)) or "nothing applied"
+
+    def __iter__(self):
+        return iter(self.entries)

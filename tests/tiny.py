@@ -1,0 +1,274 @@
+"""Tiny random models of every family, with the arguments of one forward. Two layers, head dims 16 to 32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """``build()`` makes the model; ``inputs(model, batch, size)`` the arguments of one forward.
+
+    ``size`` is (frames, height, width) of the latents; ``layers`` the number of video self-attentions.
+    """
+
+    build: Callable[[], torch.nn.Module]
+    inputs: Callable[..., dict[str, Any]]
+    layers: int
+
+
+def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _wan(layers: int = 2, image: bool = False, **extra: Any) -> torch.nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    if image:
+        extra |= {"image_dim": 24, "added_kv_proj_dim": 64, "in_channels": 8}
+    config = {
+        "patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4,
+        "out_channels": 4, "text_dim": 24, "freq_dim": 32, "ffn_dim": 64, "num_layers": layers,
+        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 64,
+    } | extra  # fmt: skip
+    return WanTransformer3DModel(**config)
+
+
+def _wan_inputs(model, batch=1, size=(3, 8, 8), timestep=500.0, seed=0):
+    channels = model.config.in_channels
+    out = {
+        "hidden_states": _noise(batch, channels, *size, seed=seed),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": _noise(batch, 7, 24, seed=seed + 1),
+    }
+    if model.config.image_dim is not None:
+        out["encoder_hidden_states_image"] = _noise(batch, 257, 24, seed=seed + 2)
+    return out
+
+
+def _vace():
+    from diffusers import WanVACETransformer3DModel
+
+    return WanVACETransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4,
+        text_dim=24, freq_dim=32, ffn_dim=64, num_layers=3, rope_max_seq_len=64, vace_layers=[0, 2],
+        vace_in_channels=12, qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+
+
+def _vace_inputs(model, batch=1, size=(3, 8, 8), timestep=500.0, seed=0):
+    return _wan_inputs(model, batch, size, timestep, seed) | {
+        "control_hidden_states": _noise(batch, 12, *size, seed=seed + 3),
+        "control_hidden_states_scale": torch.ones(2),
+    }
+
+
+def _skyreels():
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    return SkyReelsV2Transformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4,
+        text_dim=24, freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=64,
+        qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+
+
+def _hunyuan():
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+        num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=24,
+        pooled_projection_dim=12, rope_axes_dim=(4, 6, 6), mlp_ratio=2.0,
+    )  # fmt: skip
+
+
+def _hunyuan_inputs(model, batch=1, size=(3, 8, 8), timestep=500.0, seed=0):
+    mask = torch.ones(batch, 10, dtype=torch.long)
+    for i in range(batch):
+        mask[i, 6 - i :] = 0
+    return {
+        "hidden_states": _noise(batch, 4, *size, seed=seed),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": _noise(batch, 10, 24, seed=seed + 1),
+        "encoder_attention_mask": mask,
+        "pooled_projections": _noise(batch, 12, seed=seed + 2),
+        "guidance": torch.full((batch,), 6000.0),
+    }
+
+
+def _hunyuan15():
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    return HunyuanVideo15Transformer3DModel(
+        in_channels=5, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=24, text_embed_2_dim=20,
+        image_embed_dim=18, rope_axes_dim=(4, 6, 6), mlp_ratio=2.0, target_size=16,
+    )  # fmt: skip
+
+
+def _hunyuan15_inputs(model, batch=1, size=(3, 4, 4), timestep=500.0, seed=0):
+    mask = torch.ones(batch, 8, dtype=torch.long)
+    mask[:, 5:] = 0
+    mask2 = torch.ones(batch, 4, dtype=torch.long)
+    mask2[:, 2:] = 0
+    return {
+        "hidden_states": _noise(batch, 5, *size, seed=seed),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": _noise(batch, 8, 24, seed=seed + 1),
+        "encoder_attention_mask": mask,
+        "encoder_hidden_states_2": _noise(batch, 4, 20, seed=seed + 2),
+        "encoder_attention_mask_2": mask2,
+        "image_embeds": torch.zeros(batch, 6, 18),
+    }
+
+
+def _cogvideox():
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=24, num_layers=2, sample_width=8, sample_height=8, sample_frames=9, patch_size=2,
+        temporal_compression_ratio=4, max_text_seq_length=6,
+    )  # fmt: skip
+
+
+def _cogvideox_inputs(model, batch=1, size=(3, 8, 8), timestep=500.0, seed=0):
+    frames, height, width = size
+    return {
+        "hidden_states": _noise(batch, frames, 4, height, width, seed=seed),
+        "encoder_hidden_states": _noise(batch, 6, 24, seed=seed + 1),
+        "timestep": torch.full((batch,), timestep),
+    }
+
+
+def _ltx():
+    from diffusers import LTXVideoTransformer3DModel
+
+    return LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+        num_layers=2, caption_channels=24,
+    )  # fmt: skip
+
+
+def _ltx_inputs(model, batch=1, size=(3, 4, 4), timestep=500.0, seed=0):
+    frames, height, width = size
+    mask = torch.ones(batch, 6)
+    mask[:, 4:] = 0
+    return {
+        "hidden_states": _noise(batch, frames * height * width, 8, seed=seed),
+        "encoder_hidden_states": _noise(batch, 6, 24, seed=seed + 1),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_attention_mask": mask,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+    }
+
+
+def _mochi():
+    from diffusers import MochiTransformer3DModel
+
+    return MochiTransformer3DModel(
+        patch_size=2, num_attention_heads=2, attention_head_dim=16, num_layers=2, pooled_projection_dim=12,
+        in_channels=4, text_embed_dim=24, time_embed_dim=8, max_sequence_length=8,
+    )  # fmt: skip
+
+
+def _mochi_inputs(model, batch=1, size=(3, 8, 8), timestep=500.0, seed=0):
+    mask = torch.ones(batch, 8, dtype=torch.bool)
+    for i in range(batch):
+        mask[i, 5 + i :] = False
+    return {
+        "hidden_states": _noise(batch, 4, *size, seed=seed),
+        "encoder_hidden_states": _noise(batch, 8, 24, seed=seed + 1),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_attention_mask": mask,
+    }
+
+
+def _cosmos():
+    pytest.importorskip("torchvision", reason="diffusers' Cosmos model needs torchvision, which has no CPU build here")
+    from diffusers import CosmosTransformer3DModel
+
+    return CosmosTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, mlp_ratio=2,
+        text_embed_dim=24, adaln_lora_dim=4, max_size=(4, 32, 32), patch_size=(1, 2, 2), rope_scale=(2.0, 1.0, 1.0),
+        concat_padding_mask=True, extra_pos_embed_type="learnable",
+    )  # fmt: skip
+
+
+def _cosmos_inputs(model, batch=1, size=(3, 8, 8), timestep=500.0, seed=0):
+    return {
+        "hidden_states": _noise(batch, 4, *size, seed=seed),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": _noise(batch, 6, 24, seed=seed + 1),
+        "fps": 16,
+        "padding_mask": torch.zeros(batch, 1, 64, 64),
+    }
+
+
+def _flux():
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=12, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+
+
+def _flux_inputs(model, batch=1, size=(1, 8, 8), timestep=500.0, seed=0):
+    _, height, width = size
+    ids = torch.zeros(height, width, 3)
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)[None]
+    return {
+        "hidden_states": _noise(batch, height * width, 4, seed=seed),
+        "encoder_hidden_states": _noise(batch, 6, 24, seed=seed + 1),
+        "pooled_projections": _noise(batch, 12, seed=seed + 2),
+        "timestep": torch.full((batch,), timestep / 1000),
+        "img_ids": ids.reshape(-1, 3),
+        "txt_ids": torch.zeros(6, 3),
+    }
+
+
+TINY: dict[str, Tiny] = {
+    "wan": Tiny(_wan, _wan_inputs, 2),
+    "wan-i2v": Tiny(lambda: _wan(image=True), _wan_inputs, 2),
+    "wan-vace": Tiny(_vace, _vace_inputs, 5),
+    "skyreels-v2": Tiny(_skyreels, _wan_inputs, 2),
+    "hunyuan-video": Tiny(_hunyuan, _hunyuan_inputs, 3),
+    "hunyuan-video-1.5": Tiny(_hunyuan15, _hunyuan15_inputs, 2),
+    "cogvideox": Tiny(_cogvideox, _cogvideox_inputs, 2),
+    "ltx": Tiny(_ltx, _ltx_inputs, 2),
+    "mochi": Tiny(_mochi, _mochi_inputs, 2),
+    "cosmos": Tiny(_cosmos, _cosmos_inputs, 2),
+    "flux": Tiny(_flux, _flux_inputs, 3),
+}
+
+
+def build(name: str, seed: int = 0, **kwargs: Any) -> torch.nn.Module:
+    """A tiny model with fixed random weights, in eval mode."""
+    torch.manual_seed(seed)
+    model = TINY[name].build(**kwargs).eval()
+    with torch.no_grad():  # some models start their output layer at zero, which would hide everything
+        for parameter in model.parameters():
+            if parameter.ndim >= 2 and not parameter.abs().sum():
+                parameter.normal_(0, 0.05)
+    return model
+
+
+def run(model: torch.nn.Module, name: str, **kwargs: Any) -> torch.Tensor:
+    """The output tensor of one forward."""
+    return model(**TINY[name].inputs(_inner(model), **kwargs), return_dict=False)[0]
+
+
+def _inner(model: torch.nn.Module) -> torch.nn.Module:
+    from hf_accel.hosts.target import unwrap
+
+    return unwrap(model)
