@@ -1,0 +1,39 @@
+# Everything needs only Python >= 3.11 and make: the virtual environment is made from the pinned lock.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TRITON36 := .triton36
+OUT ?= demo-out
+
+.PHONY: demo test lint bench clean
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11') if sys.version_info < (3, 11) else None"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# A second Triton, beside the pinned one, for the ahead-of-time compile tests (torch 2.11 pins 3.6.0).
+$(TRITON36)/triton: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(TRITON36) triton==3.6.0
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/hf-accel demo --out $(OUT)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(STAMP) $(TRITON36)/triton lint
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run_all.py
+
+clean:
+	rm -rf $(VENV) $(TRITON36) $(OUT) .pytest_cache .mypy_cache .ruff_cache
