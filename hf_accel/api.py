@@ -10,8 +10,16 @@ import torch
 
 from hf_accel import families, preset, registry
 from hf_accel.config import Config
-from hf_accel.errors import Conflict, HFAccelError, InvalidSetting, NotApplicable, RevertRefused, UnknownMethod
+from hf_accel.errors import (
+    Conflict,
+    HFAccelError,
+    InvalidSetting,
+    NotApplicable,
+    RevertRefused,
+    UnknownMethod,
+)
 from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model, Target, resolve
 from hf_accel.ledger import Ledger
 from hf_accel.method import SITE_ORDER, Method, conflict
@@ -62,9 +70,11 @@ class Applied:
             out.setdefault(model.name, {})[installation.method.name] = run.to_dict() if run is not None else {}
         return out
 
-    def handles(self, method: str | None = None) -> list[Any]:
-        """What the methods' hosts returned on installation, for measuring: seam contexts for attention methods."""
-        return [i.handle for _, i in self._installed if method is None or i.method.name == method]
+    def time_attention(self, on: bool = True) -> None:
+        """Measure the time inside patched attentions from now on (``attention_seconds`` in :meth:`stats`)."""
+        for _, installation in self._installed:
+            if isinstance(installation.handle, SeamContext):
+                installation.handle.timed = on
 
     def revert(self) -> None:
         """Undo these methods exactly. A second call does nothing.
@@ -200,7 +210,9 @@ def _wanted(target: Target, request: Request, revision: str | None, settings: di
     """Method name -> model name -> what is wanted there, after reading presets and configs."""
     if request is None:
         if settings:
-            raise InvalidSetting("apply", next(iter(settings)), next(iter(settings.values())), "given with a method's name")
+            raise InvalidSetting(
+                "apply", next(iter(settings)), next(iter(settings.values())), "given with a method's name"
+            )
         return _recommended(target)
     items = [request] if isinstance(request, str | Config | Mapping) else list(request)
     if not items:
@@ -255,7 +267,9 @@ def _named(target: Target, name: str, settings: dict[str, Any]) -> PerModel:
     for model in target.models:
         known = families.settings_for(model, name)
         if known is None:
-            origin = "settings given by the caller" if settings else "the method's defaults; none are known for this model"
+            origin = (
+                "settings given by the caller" if settings else "the method's defaults; none are known for this model"
+            )
             out[model.name] = Wanted(name, cls.Config.build(settings), origin)
         else:
             changed = f", changed by the caller: {', '.join(settings)}" if settings else ""

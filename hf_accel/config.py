@@ -98,9 +98,7 @@ class Config:
         """Inverse of :meth:`to_dict`. Refuses unknown keys and settings written by a newer version."""
         unknown = set(data) - {"method", "version", "settings"}
         if unknown:
-            raise PresetError(
-                f"{cls.METHOD}: unknown key {sorted(unknown)[0]!r}; expected method, version, settings."
-            )
+            raise PresetError(f"{cls.METHOD}: unknown key {sorted(unknown)[0]!r}; expected method, version, settings.")
         if data.get("method", cls.METHOD) != cls.METHOD:
             raise PresetError(f"Settings of method {data['method']!r} were given to {cls.METHOD!r}.")
         version = data.get("version", cls.VERSION)
@@ -129,5 +127,7 @@ def describe_allowed(field: dataclasses.Field, expected: Any) -> str:
     name = getattr(expected, "__name__", str(expected))
     if name == "Optional" or not isinstance(expected, type):
         name = str(expected)
-    bounds = [f"{sign} {rules[key]}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if rules.get(key) is not None]
+    bounds = [
+        f"{sign} {rules[key]}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if rules.get(key) is not None
+    ]
     return " ".join([name, " and ".join(bounds)]).strip()

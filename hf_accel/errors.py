@@ -37,9 +37,7 @@ class InvalidSetting(HFAccelError, ValueError):
 
     def __init__(self, owner: str, field: str, value: Any, allowed: str):
         self.owner, self.field, self.value, self.allowed = owner, field, value, allowed
-        super().__init__(
-            f"{owner}: setting {field!r} must be {allowed}; got {value!r} ({type(value).__name__})."
-        )
+        super().__init__(f"{owner}: setting {field!r} must be {allowed}; got {value!r} ({type(value).__name__}).")
 
 
 class NotApplicable(HFAccelError, TypeError):

@@ -25,7 +25,15 @@ Site = Literal["attention", "step cache", "kv cache", "linear", "sampler", "adap
 Need = Literal["token grid", "step", "branch", "text span", "prefix cache", "trained weights"]
 
 # Order of installation: what lies deeper in the network first, so that outer sites wrap finished inner ones.
-SITE_ORDER: tuple[Site, ...] = ("linear", "adapter", "attention", "kv cache", "step cache", "sampler", "training")
+SITE_ORDER: tuple[Site, ...] = (
+    "linear",
+    "adapter",
+    "attention",
+    "kv cache",
+    "step cache",
+    "sampler",
+    "training",
+)
 
 # Sites where two methods would compute the same thing twice: one owner per model.
 EXCLUSIVE_SITES: frozenset[Site] = frozenset({"attention", "step cache", "kv cache", "sampler"})

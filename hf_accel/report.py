@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +40,40 @@ class LayerDensity:
     heads: torch.Tensor
 
 
+class Stopwatch:
+    """Sums the time of many short sections: host clock on a CPU, device events (read late, no waiting) on a GPU."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def section(self, device: torch.device) -> Iterator[None]:
+        """Time the body of a ``with`` whose work runs on ``device``."""
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        """The sum so far; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
+            self._events = []
+        return self._seconds
+
+    def __deepcopy__(self, memo: dict) -> Stopwatch:
+        return Stopwatch()  # events belong to the original's stream of work
+
+
 @dataclass
 class RunStatistics:
     """What a patched attention site did since it was applied. Tensors stay on their device until asked for."""
@@ -47,7 +84,7 @@ class RunStatistics:
     dense_calls: Counter[str] = field(default_factory=Counter)
     kernels: dict[str, tuple[str, str]] = field(default_factory=dict)
     densities: list[LayerDensity] = field(default_factory=list)
-    attention_seconds: float = 0.0
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
     _past_density: float = 0.0
     _past_calls: int = 0
 
@@ -104,7 +141,7 @@ class RunStatistics:
             "mean_density": self.mean_density,
             "density_by_layer_and_head": self.density_by_layer_and_head(),
             "kernels": {op: {"backend": b, "reason": r} for op, (b, r) in self.kernels.items()},
-            "attention_seconds": self.attention_seconds,
+            "attention_seconds": self.stopwatch.seconds,
         }
 
 
@@ -137,7 +174,11 @@ class MethodReport:
 
     def __str__(self) -> str:
         settings = ", ".join(f"{k}={v}" for k, v in self.settings.items())
-        lines = [f"{self.method} on {self.model} ({self.model_class})", f"  settings  {settings}", f"  from      {self.origin}"]
+        lines = [
+            f"{self.method} on {self.model} ({self.model_class})",
+            f"  settings  {settings}",
+            f"  from      {self.origin}",
+        ]
         kinds = Counter(p.kind for p in self.patched)
         lines.append("  patched   " + (", ".join(f"{n} x {kind}" for kind, n in kinds.items()) or "nothing"))
         reasons = Counter(s.reason for s in self.skipped)

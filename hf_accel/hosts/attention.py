@@ -69,7 +69,7 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
     usable = []
     for name, attention in found:
         processor = getattr(attention, "processor", None)
-        if processor is None or isinstance(processor, torch.nn.Module) and not _dispatches(processor):
+        if processor is None or (isinstance(processor, torch.nn.Module) and not _dispatches(processor)):
             why = "no processor" if processor is None else f"processor {type(processor).__name__} is a module"
             report.skipped.append(Skipped(model.name, name, why))
         else:
@@ -214,9 +214,7 @@ def _register_backend() -> Callable[[], None]:
     return remove
 
 
-def _patch_dispatch(
-    attention: torch.nn.Module, index: int, context: SeamContext, ledger: Ledger, clone: bool
-) -> None:
+def _patch_dispatch(attention: torch.nn.Module, index: int, context: SeamContext, ledger: Ledger, clone: bool) -> None:
     ledger.hold(SharedRegistration(BACKEND_NAME, _register_backend))
     if clone:
         ledger.set(attention, "processor", copy.copy(attention.processor))
@@ -241,9 +239,7 @@ def _dispatched_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if torch.compiler.is_compiling() and _parallel_config is None and not dropout_p:
-        return torch.ops.hf_accel.attend(
-            query, key, value, attn_mask, scale, is_causal, enable_gqa, False, needs_grad
-        )
+        return torch.ops.hf_accel.attend(query, key, value, attn_mask, scale, is_causal, enable_gqa, False, needs_grad)
 
     def dense(native: Any) -> torch.Tensor:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -278,16 +274,12 @@ class _SdpaMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _sdpa_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+def _sdpa_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Same arguments as ``F.scaled_dot_product_attention``; ``[B, H, S, D]``."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if torch.compiler.is_compiling() and not dropout_p:
-        return torch.ops.hf_accel.attend(
-            query, key, value, attn_mask, factor, is_causal, enable_gqa, True, needs_grad
-        )
+        return torch.ops.hf_accel.attend(query, key, value, attn_mask, factor, is_causal, enable_gqa, True, needs_grad)
 
     def dense(native: Any) -> torch.Tensor:
         return F.scaled_dot_product_attention(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -180,28 +179,25 @@ class SeamContext:
         if mask is not None and self.spec.mask == "outer" and mask.ndim == 4 and mask.shape[2] > 1:
             mask = mask[:, :, :1]
         call = AttentionCall(
-            query, key, value, mask, scale, causal, layer, self.grid, step, lambda: dense(self.native[layer.index]), item
+            query,
+            key,
+            value,
+            mask,
+            scale,
+            causal,
+            layer,
+            self.grid,
+            step,
+            lambda: dense(self.native[layer.index]),
+            item,
         )
-        with self._stopwatch(query.device):
+        with self.run.stopwatch.section(query.device) if self.timed else contextlib.nullcontext():
             if needs_grad and not self.core.differentiable:
                 out = call.fallback("gradients are needed and the method has no backward")
             else:
                 out = self.core.attend(call)
         self.run.record(layer.index, step.index, step.branch, call.notes)
         return out
-
-    @contextlib.contextmanager
-    def _stopwatch(self, device: torch.device):
-        if not self.timed:
-            yield
-            return
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.run.attention_seconds += time.perf_counter() - begin
 
 
 class RootHook:

@@ -91,7 +91,7 @@ def resolve(obj: Any) -> Target:
 
 
 def kind(module: torch.nn.Module) -> str:
-    """``"denoiser"``, ``"text encoder"``, ``"autoencoder"``, ``"language model"`` or ``"module"``: for error messages."""
+    """What a network is, in words for error messages: denoiser, text encoder, autoencoder, language model, module."""
     name = type(module).__name__
     if _is_a(module, "transformers", "PreTrainedModel"):
         generates = getattr(module, "can_generate", None)

@@ -104,7 +104,9 @@ class SVG2(AttentionMethod):
         query_order, query_sizes = with_text(query, start, stop, call.query.shape[2], None)
         key_order, key_sizes = with_text(key, start, stop, call.key.shape[2], valid)
         keep = torch.nn.functional.pad(
-            keep, (0, key_sizes.shape[-1] - keep.shape[-1], 0, query_sizes.shape[-1] - keep.shape[-2]), value=True
+            keep,
+            (0, key_sizes.shape[-1] - keep.shape[-1], 0, query_sizes.shape[-1] - keep.shape[-2]),
+            value=True,
         )
 
         heads = call.query.shape[1]

@@ -1,0 +1,1 @@
+"""Measuring: quality beside speed, always against the unpatched model in the same run."""
