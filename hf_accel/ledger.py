@@ -61,6 +61,9 @@ class AttributeChange:
     old: Any
     new: Any
 
+    def is_of(self, target: Any, name: str) -> bool:
+        return self.target is target and self.name == name
+
     def blocked(self) -> str | None:
         current = _own(self.target, self.name)
         if current is self.new:
@@ -123,9 +126,12 @@ class Ledger:
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """``setattr(target, name, value)`` on this instance only, written down."""
-        change = AttributeChange(target, name, _own(target, name), value)
+        earlier = next((c for c in self.changes if isinstance(c, AttributeChange) and c.is_of(target, name)), None)
+        change = earlier or AttributeChange(target, name, _own(target, name), value)
         setattr(target, name, value)
-        self.changes.append(change)
+        change.new = value
+        if earlier is None:
+            self.changes.append(change)
 
     def pre_hook(self, module: torch.nn.Module, hook: Any) -> None:
         """Register a forward pre-hook ``hook(module, args, kwargs)``. ``hook`` must be an object, not a closure."""
