@@ -48,6 +48,35 @@ class AotCase:
     aligned: tuple[str, ...] = ()
 
 
+def make_case(
+    name: str,
+    kernel: Any,
+    constexprs: Mapping[str, Any],
+    types: Mapping[str, str] | None = None,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> AotCase:
+    """A case by the naming rule of our kernels: pointers are Capitalised, other run-time arguments are not.
+
+    ``types`` gives element types of pointers and types of scalars; what it leaves out is ``i32``. Pointers
+    and the arguments named ``stride_*`` are taken to be divisible by 16.
+    """
+    types = types or {}
+    unknown = sorted({*types, *constexprs} - set(kernel.arg_names))
+    if unknown:
+        raise ValueError(f"{name}: the kernel has no arguments {unknown}.")
+    signature: dict[str, str] = {}
+    for argument in kernel.arg_names:
+        kind = types.get(argument, "i32")
+        if argument in constexprs:
+            kind = "constexpr"
+        elif argument[0].isupper():
+            kind = "*" + kind
+        signature[argument] = kind
+    aligned = tuple(a for a, t in signature.items() if t[0] == "*" or a.startswith("stride_"))
+    return AotCase(name, kernel, signature, constexprs, num_warps, num_stages, aligned)
+
+
 def shared_memory_limit(cc: int) -> int:
     """Bytes of shared memory that one program may use on compute capability ``cc``."""
     if cc not in SHARED_MEMORY_LIMIT:

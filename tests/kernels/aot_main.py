@@ -32,6 +32,7 @@ def main(ccs: tuple[int, ...]) -> int:
     print(f"triton {triton.__version__} from {triton.__path__[0]}")
     compiled, failed, start = 0, 0, time.perf_counter()
     for module in kernel_modules():
+        op = module.split(".")[-2]
         for cc in ccs:
             for case in importlib.import_module(module).aot_cases(cc):
                 began = time.perf_counter()
@@ -39,12 +40,12 @@ def main(ccs: tuple[int, ...]) -> int:
                     kernel = compile_case(case, cc)
                 except Exception as error:  # noqa: BLE001 - a failure of any kind is reported, the rest go on
                     failed += 1
-                    print(f"FAIL sm{cc} {case.name}: {type(error).__name__}: {error}", flush=True)
+                    print(f"FAIL sm{cc} {op} {case.name}: {type(error).__name__}: {error}", flush=True)
                 else:
                     compiled += 1
                     seconds = time.perf_counter() - began
                     print(
-                        f"ok   sm{cc} {case.name}: {kernel.metadata.shared} B shared, {seconds:.1f} s",
+                        f"ok   sm{cc} {op} {case.name}: {kernel.metadata.shared} B shared, {seconds:.1f} s",
                         flush=True,
                     )
     print(f"{compiled} compiled, {failed} failed, {time.perf_counter() - start:.0f} s")

@@ -40,8 +40,3 @@ def poisoned_memory(monkeypatch):
 def device() -> torch.device:
     """The GPU if there is one; else the CPU, where the Triton kernels run in the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def kernel_dtypes() -> list[torch.dtype]:
-    """The dtypes to test a Triton kernel in. The interpreter multiplies raw bits in bf16: only a GPU can."""
-    return [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()

@@ -34,8 +34,9 @@ def compilers():
         processes["3.6.0"] = start([OLDEST_TRITON])
     yield processes
     for process in processes.values():
-        process.kill()
-        process.communicate()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.timeout(900)
