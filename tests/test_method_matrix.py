@@ -1,0 +1,330 @@
+"""One matrix of promises over every registered method and every host it claims.
+
+A new method is found through the registry and held to all of this without a line here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+
+import hf_accel
+from hf_accel import registry
+from hf_accel.errors import NotApplicable
+from hf_accel.hosts.target import Model
+
+FAMILIES = sorted(tiny.TINY)
+METHODS = sorted(registry.methods())
+TIMESTEPS = (900.0, 600.0, 300.0)
+
+
+def claims(method: str, model: torch.nn.Module) -> bool:
+    return registry.get(method).why_not(Model("model", model)) is None
+
+
+@pytest.fixture(params=[(m, f) for m in METHODS for f in FAMILIES], ids=lambda p: f"{p[0]}-{p[1]}")
+def case(request):
+    """(method name, family name, model) for every pair that the method claims."""
+    method, family = request.param
+    model = tiny.build(family)
+    if not claims(method, model):
+        with pytest.raises(NotApplicable):
+            hf_accel.apply(model, method)
+        pytest.skip(f"{method} does not claim {family}: {registry.get(method).why_not(Model('model', model))}")
+    return method, family, model
+
+
+@torch.no_grad()
+def denoise(model, family, timesteps=TIMESTEPS, seed=0, **size):
+    """The outputs of a few denoising steps (without a scheduler: the input stays)."""
+    return [tiny.run(model, family, timestep=t, seed=seed, **size) for t in timesteps]
+
+
+def full_budget(method: str) -> dict:
+    return dict(registry.get(method).facts.full_budget)
+
+
+def close(ours, theirs, limit=1e-5):
+    return all(torch.allclose(a, b, atol=limit, rtol=limit) for a, b in zip(ours, theirs, strict=True))
+
+
+def equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def fingerprint(model: torch.nn.Module) -> dict:
+    """Everything a patch could touch, by identity: attributes, processors and their attributes, hooks, keys."""
+    out: dict = {"keys": list(model.state_dict()), "config": dict(model.config)}
+    for name, module in model.named_modules():
+        attributes = {k: v for k, v in module.__dict__.items() if not k.startswith("_") or k in ("_hf_accel",)}
+        hooks = {k: list(v.items()) for k, v in module.__dict__.items() if k.endswith("_hooks") and v}
+        flags = {k: dict(v) for k, v in module.__dict__.items() if "hooks_" in k and isinstance(v, dict) and v}
+        out[name] = ({k: id(v) for k, v in attributes.items()}, hooks, flags, id(module.__dict__.get("forward")))
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            out[name + ".processor"] = (id(processor), type(processor), dict(vars(processor)))
+    return out
+
+
+def test_full_budget_is_dense(case):
+    method, family, model = case
+    dense = denoise(model, family)
+    with hf_accel.apply(model, method, **full_budget(method)) as applied:
+        ours = denoise(model, family)
+        run = applied.report().entries[0].run
+    assert run.sparse_calls == tiny.TINY[family].layers * len(TIMESTEPS), run.dense_calls
+    assert close(ours, dense)
+
+
+def test_batch_of_two_at_full_budget(case):
+    method, family, model = case
+    dense = denoise(model, family, batch=2)
+    with hf_accel.apply(model, method, **full_budget(method)):
+        assert close(denoise(model, family, batch=2), dense)
+
+
+def test_revert_restores_identity_and_bits(case):
+    method, family, model = case
+    before, dense = fingerprint(model), denoise(model, family)
+    applied = hf_accel.apply(model, method)
+    assert fingerprint(model) != before
+    denoise(model, family)
+    applied.revert()
+    applied.revert()  # a second call does nothing
+    assert fingerprint(model) == before
+    assert equal(denoise(model, family), dense)
+
+
+def test_two_models_of_one_class_do_not_see_each_other(case):
+    method, family, model = case
+    other = tiny.build(family, seed=1)
+    before, dense = fingerprint(other), denoise(other, family)
+    first = hf_accel.apply(model, method)
+    assert fingerprint(other) == before
+    assert equal(denoise(other, family), dense)
+    with hf_accel.apply(other, method, **full_budget(method)):
+        first.revert()
+        assert close(denoise(other, family), dense)
+    assert fingerprint(other) == before
+
+
+def test_state_does_not_leak_into_the_next_prompt(case):
+    method, family, model = case
+    with hf_accel.apply(model, method):
+        denoise(model, family, seed=5)
+        second = denoise(model, family, seed=6)
+    with hf_accel.apply(model, method):
+        alone = denoise(model, family, seed=6)
+    assert equal(second, alone)
+
+
+def test_state_does_not_survive_an_exception(case):
+    method, family, model = case
+    with hf_accel.apply(model, method):
+        inputs = tiny.TINY[family].inputs(model, timestep=900.0, seed=5)
+        tiny.run(model, family, timestep=900.0, seed=5)
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            model(**inputs | {"encoder_hidden_states": torch.zeros(1, 2, 1)})
+        second = denoise(model, family, seed=6)
+    with hf_accel.apply(model, method):
+        assert equal(second, denoise(model, family, seed=6))
+
+
+def test_other_resolution_on_the_second_call(case):
+    method, family, model = case
+    frames, height, width = (1, 6, 10) if family == "flux" else (2, 6, 8)
+    with hf_accel.apply(model, method, **full_budget(method)) as applied:
+        denoise(model, family)
+        ours = denoise(model, family, size=(frames, height, width))
+        run = applied.report().entries[0].run
+    assert not run.dense_calls
+    assert close(ours, denoise(model, family, size=(frames, height, width)))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["cond-first", "uncond-first"])
+def test_two_pass_guidance_in_both_orders(case, order):
+    method, family, model = case
+    inputs = [tiny.TINY[family].inputs(model, seed=seed) for seed in (3, 4)]
+
+    @torch.no_grad()
+    def guided():
+        out = {0: [], 1: []}
+        for timestep in TIMESTEPS:
+            for branch in order:
+                given = inputs[branch] | {"timestep": torch.full_like(inputs[branch]["timestep"], timestep)}
+                out[branch].append(model(**given, return_dict=False)[0])
+        return out[0] + out[1]
+
+    dense = guided()
+    with hf_accel.apply(model, method, **full_budget(method)) as applied:
+        ours = guided()
+        entry = applied.report().entries[0].run
+    assert entry.generations == 1
+    assert entry.forwards == 2 * len(TIMESTEPS)
+    assert close(ours, dense)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora(case, when):
+    from peft import LoraConfig
+
+    method, family, model = case
+    plain = denoise(model, family)
+
+    def add():
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "extra")
+
+    if when == "before":
+        add()
+        before = fingerprint(model)
+        applied = hf_accel.apply(model, method, **full_budget(method))
+    else:
+        applied = hf_accel.apply(model, method, **full_budget(method))
+        add()
+    ours = denoise(model, family)
+    applied.revert()
+    assert not close(ours, plain)
+    assert close(ours, denoise(model, family))
+    if when == "before":
+        assert fingerprint(model) == before
+    model.delete_adapters("extra")
+    assert equal(denoise(model, family), plain)
+
+
+def test_peft_model_is_looked_into(case):
+    from peft import LoraConfig, get_peft_model
+
+    method, family, model = case
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    dense = denoise(wrapped, family)
+    with hf_accel.apply(wrapped, method, **full_budget(method)) as applied:
+        assert close(denoise(wrapped, family), dense)
+        assert applied.report().entries[0].run.sparse_calls
+    assert equal(denoise(wrapped, family), dense)
+
+
+def test_bfloat16(case):
+    method, family, model = case
+    model.to(torch.bfloat16)
+
+    @torch.no_grad()
+    def low():
+        inputs = tiny.TINY[family].inputs(model)
+        keep = {"timestep", "img_ids", "txt_ids", "guidance", "control_hidden_states_scale", "padding_mask"}
+        given = {
+            k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() and k not in keep else v
+            for k, v in inputs.items()
+        }
+        return model(**given, return_dict=False)[0].float()
+
+    dense = low()
+    with hf_accel.apply(model, method, **full_budget(method)):
+        ours = low()
+    assert (ours - dense).norm() <= 2e-2 * dense.norm()
+
+
+def test_whole_model_compiles_to_one_graph(case):
+    method, family, model = case
+    if family in ("mochi", "hunyuan-video-1.5", "cosmos"):
+        pytest.skip(f"diffusers' own {family} forward does not compile in one graph, unpatched")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    dense = denoise(model, family)
+    with hf_accel.apply(model, method, **full_budget(method)) as applied:
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        ours = denoise(compiled, family)
+        run = applied.report().entries[0].run
+    assert close(ours, dense)
+    assert run.forwards == len(TIMESTEPS)
+    assert run.sparse_calls == tiny.TINY[family].layers * len(TIMESTEPS), run.dense_calls
+    assert counter.frame_count == 2  # the model, and the hook in front of it
+    torch._dynamo.reset()
+
+
+def test_deepcopy_has_a_life_of_its_own(case):
+    method, family, model = case
+    before, dense = fingerprint(model), denoise(model, family)
+    applied = hf_accel.apply(model, method, **full_budget(method))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    forwards = applied.report().entries[0].run.forwards
+    assert not close(denoise(twin, family), dense)
+    assert applied.report().entries[0].run.forwards == forwards
+    hf_accel.revert(twin)
+    assert "_hf_accel" not in twin.__dict__
+    assert close(denoise(model, family), dense)
+    applied.revert()
+    assert fingerprint(model) == before
+
+
+def test_saving_a_patched_model_saves_the_plain_model(case, tmp_path):
+    method, family, model = case
+    dense = denoise(model, family)
+    with hf_accel.apply(model, method):
+        model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert list(again.state_dict()) == list(model.state_dict())
+    assert equal(denoise(again, family), dense)
+
+
+def test_gradients_are_right_or_dense_and_counted(case):
+    method, family, model = case
+
+    def gradients():
+        model.zero_grad()
+        tiny.run(model, family).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    dense = gradients()
+    with hf_accel.apply(model, method, **full_budget(method)) as applied:
+        ours = gradients()
+        run = applied.report().entries[0].run
+    assert close(ours, dense)
+    assert registry.get(method).facts.backward == (not run.dense_calls)
+
+
+def test_gradient_checkpointing(case):
+    method, family, model = case
+    model.train()
+    model.enable_gradient_checkpointing()
+
+    def gradients():
+        model.zero_grad()
+        tiny.run(model, family).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    dense = gradients()
+    with hf_accel.apply(model, method, **full_budget(method)):
+        assert close(gradients(), dense)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_round_trip_and_declarations(method):
+    cls = registry.get(method)
+    config = cls.Config()
+    assert cls.Config.METHOD == cls.name == method
+    assert cls.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert cls.facts.exact or cls.facts.full_budget, "an approximate method names the settings at which it is dense"
+    cls.Config.build(cls.facts.full_budget)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wrong_models_are_refused_in_words(method):
+    from diffusers import AutoencoderKL
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    encoder = UMT5EncoderModel(UMT5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=16))
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=2)
+    for model, word in ((encoder, "text encoder"), (vae, "autoencoder"), (torch.nn.Linear(2, 2), "module")):
+        with pytest.raises(NotApplicable, match=word):
+            hf_accel.apply(model, method)
+    for thing in (None, "a path", {"transformer": 1}):
+        with pytest.raises(NotApplicable, match="Load the model first"):
+            hf_accel.apply(thing, method)
