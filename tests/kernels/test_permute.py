@@ -177,9 +177,7 @@ def test_custom_ops_keep_their_promises():
     labels = random_labels(6, 20, num_labels=4, device=torch.device("cpu"))
     order = random_order(2, 3, 20, device=torch.device("cpu"))
     torch.library.opcheck(permute._sort_by_label, (labels, 4, "auto"))
-    torch.library.opcheck(
-        permute._gather_rows, ([x, x.transpose(0, 1).contiguous().transpose(0, 1)], order, "auto")
-    )
+    torch.library.opcheck(permute._gather_rows, ([x, x.transpose(0, 1).contiguous().transpose(0, 1)], order, "auto"))
     torch.library.opcheck(permute._scatter_rows, (x, order, "auto"))
 
 

@@ -30,14 +30,12 @@ def backend_for(tensor: torch.Tensor, backend: str = "auto") -> Choice:
     return choose("gather_rows", tensor, _ROW_LIMITS, backend)
 
 
-def sort_by_label(
-    labels: torch.Tensor, num_labels: int, *, backend: str = "auto"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sort_by_label(labels: torch.Tensor, num_labels: int, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """Group tokens by label with a stable counting sort.
 
     Args:
-        labels: int32 ``[..., N]``, each in ``[0, num_labels)``. The CPU form checks the range; a GPU cannot
-            without waiting for the device, and clamps instead, so that ``order`` is a permutation at any rate.
+        labels: int32 ``[..., N]``, each in ``[0, num_labels)``. The CPU form checks the range; a GPU
+            could not without waiting for the device: it clamps, so that ``order`` is always a permutation.
         num_labels: number of labels, at least 1; labels may be unused.
 
     Returns:
@@ -163,8 +161,7 @@ def _check_rows(op: str, tensors: list[torch.Tensor], order: torch.Tensor) -> No
     first = tensors[0]
     if first.dim() != 4 or order.dim() != 3 or order.shape[:2] != first.shape[:2]:
         raise UnsupportedByKernel(
-            f"{op}: rows must be [B, H, S, D] and order [B, H, R]; "
-            f"got {list(first.shape)} and {list(order.shape)}."
+            f"{op}: rows must be [B, H, S, D] and order [B, H, R]; got {list(first.shape)} and {list(order.shape)}."
         )
     if order.dtype != torch.int32:
         raise UnsupportedByKernel(f"{op}: order must be int32, as sort_by_label makes it; got {order.dtype}.")

@@ -1,4 +1,4 @@
-"""Plain torch, fast on a CPU and right on any device: one radix sort, one ``index_select``, over all heads."""
+"""Plain torch, fast on a CPU and right on any device: one radix sort, one ``index_select`` over all heads."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def sort_by_label(labels: torch.Tensor, num_labels: int) -> tuple[torch.Tensor, 
 
 
 def row_table(x: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``x`` ``[B, H, S, D]`` as a table ``[rows, D]`` and translate ``order`` ``[B, H, R]`` into its rows.
+    """See ``x`` ``[B, H, S, D]`` as a table ``[rows, D]``; turn ``order`` ``[B, H, R]`` into its rows.
 
     No copy for the layouts that hosts hand over (``[B, S, H, D]`` views, slices of a fused projection); one
-    copy where the rows do not lie on a grid of D elements. The numbers are int64 ``[B, H, R]``.
+    copy where the rows do not lie on a grid of D elements. Row numbers are int64 ``[B, H, R]``.
     """
     batch, heads, length, head_dim = x.shape
     if x.stride(-1) != 1 or any(stride % head_dim for stride in x.stride()[:3]):

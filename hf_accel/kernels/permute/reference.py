@@ -6,7 +6,7 @@ import torch
 
 
 def sort_by_label(labels: torch.Tensor, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``labels`` int32 ``[..., N]`` -> ``order`` int32 ``[..., N]``, ``sizes`` int32 ``[..., num_labels]``."""
+    """``labels`` int32 ``[..., N]`` -> ``order`` int32 ``[..., N]``, ``sizes`` ``[..., num_labels]``."""
     order = torch.argsort(labels, dim=-1, stable=True).int()
     sizes = (labels[..., None] == torch.arange(num_labels, device=labels.device)).sum(-2).int()
     return order, sizes

@@ -1,4 +1,4 @@
-"""Counting sort and row moves on the GPU: int32 atomics only (their sums do not depend on the order), no sync.
+"""Counting sort and row moves on the GPU: no sync, and no atomics but int32 (whose sums have no order).
 
 The sort has three passes. (1) Each head's tokens are cut into segments, and every segment counts its labels
 into a table ``[label, segment]``. (2) The inclusive prefix sum of that table, read label by label, is for
@@ -33,9 +33,7 @@ def _count_labels_kernel(Labels, Table, N, num_labels, segments, segment_length,
 
 
 @triton.jit(do_not_specialize=["N", "num_labels", "segments", "segment_length"])
-def _scatter_tokens_kernel(
-    Labels, Table, Order, N, num_labels, segments, segment_length, BLOCK: tl.constexpr
-):
+def _scatter_tokens_kernel(Labels, Table, Order, N, num_labels, segments, segment_length, BLOCK: tl.constexpr):
     segment = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -47,7 +45,7 @@ def _scatter_tokens_kernel(
         label = tl.minimum(tl.maximum(label, 0), num_labels - 1)
         # Lanes behind the end get labels of their own, so that they count as equal to nobody.
         label = tl.where(inside, label, -1 - lane)
-        # One reduction for two counts of equal labels: later lanes in the high half, all lanes in the low half.
+        # One reduction for two counts of equal labels: later lanes in the high half, all in the low half.
         weight = tl.where(lane[None, :] > lane[:, None], (1 << 16) + 1, 1)
         equal = tl.sum(tl.where(label[:, None] == label[None, :], weight, 0), axis=1)
         cell = Table + (group * num_labels + label) * segments + segment
@@ -90,9 +88,7 @@ def _move_rows_kernel(
     mask = inside[:, None] & (column < D)[None, :]
     batch, head = group // H, group % H
     out = (group * rows + target)[:, None] * D + column[None, :]
-    row = tl.load(
-        X + batch * stride_xb + head * stride_xh + source[:, None] * stride_xs + column[None, :], mask=mask
-    )
+    row = tl.load(X + batch * stride_xb + head * stride_xh + source[:, None] * stride_xs + column[None, :], mask=mask)
     if PAIR:
         row2 = tl.load(
             X2 + batch * stride_x2b + head * stride_x2h + source[:, None] * stride_x2s + column[None, :],
@@ -102,19 +98,20 @@ def _move_rows_kernel(
     tl.store(Y + out, row, mask=mask)
 
 
-def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Launches go to the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _segment_length(groups: int, length: int, num_labels: int) -> int:
-    """Tokens per segment: enough segments to fill a GPU, but a table no larger than a few times the labels."""
+    """Tokens per segment: enough to fill a GPU, but with a table of a few times the labels at most."""
     most = max(1, 4 * length // num_labels)
     wanted = min(most, max(1, _TARGET_PROGRAMS // groups))
     return max(COUNT_BLOCK, triton.next_power_of_2(triton.cdiv(length, wanted)))
 
 
 def sort_by_label(labels: torch.Tensor, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``labels`` int32 ``[G, N]`` contiguous -> ``order`` int32 ``[G, N]``, ``sizes`` int32 ``[G, num_labels]``."""
+    """``labels`` int32 ``[G, N]`` contiguous -> ``order`` int32 ``[G, N]``, ``sizes`` ``[G, num_labels]``."""
     groups, length = labels.shape
     order = torch.empty_like(labels)
     if labels.numel() == 0:
@@ -123,7 +120,7 @@ def sort_by_label(labels: torch.Tensor, num_labels: int) -> tuple[torch.Tensor, 
     segments = triton.cdiv(length, segment_length)
     table = labels.new_zeros(groups, num_labels, segments)
     numbers = (length, num_labels, segments, segment_length)
-    with _on_device_of(labels):
+    with on_device_of(labels):
         _count_labels_kernel[(triton.cdiv(length, COUNT_BLOCK), groups)](
             labels, table, *numbers, BLOCK=COUNT_BLOCK, num_warps=4
         )
@@ -144,7 +141,7 @@ def _move_rows(tensors: list[torch.Tensor], order: torch.Tensor, scatter: bool) 
     block = max(16, 8192 // block_d)
     for i in range(0, len(tensors) if order.numel() else 0, 2):
         first, last = i, min(i + 1, len(tensors) - 1)
-        with _on_device_of(order):
+        with on_device_of(order):
             _move_rows_kernel[(triton.cdiv(rows, block), batch * heads)](
                 tensors[first],
                 moved[first],

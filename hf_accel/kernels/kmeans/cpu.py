@@ -1,0 +1,44 @@
+"""k-means in plain torch, fast on a CPU and right on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from hf_accel.kernels.permute.cpu import row_table
+
+# So many scores are made at a time: they stay in the cache until the maximum has read them.
+_SCORE_ELEMENTS = 1 << 18
+_SCORE_ELEMENTS_GPU = 1 << 27
+# BLAS has other kernels for odd last columns, which round otherwise: equal centroids would get unequal scores.
+_COLUMNS = 16
+
+
+def assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[B, H, N, D]``, ``centroids`` ``[B, H, K, D]`` -> labels int32 ``[B, H, N]``."""
+    batch, heads, length, _ = x.shape
+    labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x.device)
+    num_clusters = centroids.shape[2]
+    elements = _SCORE_ELEMENTS if x.device.type == "cpu" else _SCORE_ELEMENTS_GPU
+    chunk = max(512, elements // num_clusters)
+    padding = -num_clusters % _COLUMNS
+    for b in range(batch):
+        for h in range(heads):
+            # Copies of centroid 0 fill up the columns: they tie with it, and the lower index wins.
+            centers = torch.cat([centroids[b, h], centroids[b, h, :1].expand(padding, -1)]).float()
+            bias = -0.5 * centers.square().sum(-1)
+            for start in range(0, length, chunk):
+                # Contiguous, so that the strides of x do not choose the BLAS kernel either.
+                points = x[b, h, start : start + chunk].float().contiguous()
+                # max and not argmax: on a CPU torch finds both faster than the index alone.
+                labels[b, h, start : start + chunk] = torch.addmm(bias, points, centers.mT).max(-1).indices
+    return labels
+
+
+def means(x: torch.Tensor, old: torch.Tensor, order: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Means ``[B, H, K, D]`` of the runs of ``order``: an embedding bag gathers and sums in one pass."""
+    table, rows = row_table(x.float(), order)
+    counts = sizes.flatten().long()
+    sums = F.embedding_bag(rows.flatten(), table, counts.cumsum(0) - counts, mode="sum").view(old.shape)
+    mean = (sums / sizes.clamp(min=1)[..., None]).to(x.dtype)
+    return torch.where(sizes[..., None] > 0, mean, old)

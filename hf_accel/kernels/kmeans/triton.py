@@ -1,0 +1,392 @@
+"""k-means on the GPU: a fused distance and argmax, and cluster means without float atomics.
+
+**Assign** (the idea is FlashAssign of Flash-KMeans, arXiv 2603.09229): a program holds a tile of tokens and
+streams the centroids past it, so the N x K matrix of distances is never stored. ``argmin ||x - c||^2`` is
+``argmax x.c - ||c||^2 / 2``. The running best is kept *per column of the tile* (one compare, two selects per
+score) and reduced over columns once, after the last tile: a reduction per tile would cost as much as the
+matrix product. Work: 2 N K D FLOP; bytes: x once, the centroids stay in L2.
+
+**Means**: tokens arrive sorted by label, so a cluster is a run of rows. One program sums a whole cluster of
+up to ``LARGE`` rows; the rows of larger clusters are summed by chunks of ``CHUNK`` sorted positions, and a
+second kernel adds the chunks. Every sum has a fixed order: two runs are bit-equal, and no program is long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_accel.kernels.aot import AotCase
+from hf_accel.kernels.permute.triton import on_device_of
+
+CHUNK = 512
+LARGE = 1024  # at least CHUNK: then a chunk touches at most two large clusters
+_MEAN_ELEMENTS = 8192  # rows x head dim that a program of the means holds in registers
+_NORM_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class AssignTiles:
+    """Tile of the assign kernel: tokens x centroids per step, warps, stages of the centroid loads."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def assign_tiles(cc: int, head_dim: int, dtype: torch.dtype, num_clusters: int) -> AssignTiles:
+    """The tile for compute capability ``cc`` (80, 90, ...). A table: tuning would stall the first steps."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    if dtype == torch.float32:  # no tensor cores: exact fp32 products, and the rows are twice as long
+        return AssignTiles(64 if block_d <= 64 else 32, 32, 4, 1)
+    if cc in (90, 100, 103):
+        if block_d <= 128:
+            return AssignTiles(128, 64, 4, 2)
+        return AssignTiles(128, 64, 8, 2)
+    if block_d <= 128:
+        return AssignTiles(128, 32, 4, 2)
+    return AssignTiles(64, 32, 4, 2)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _half_norms_kernel(Centroids, HalfNorms, rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK_D)
+    mask = (row < rows)[:, None] & (column < D)[None, :]
+    c = tl.load(Centroids + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(HalfNorms + row, 0.5 * tl.sum(c * c, axis=1), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["H", "N", "K"])
+def _assign_kernel(
+    X,
+    Centroids,
+    HalfNorms,
+    Labels,
+    H,
+    N,
+    K,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)
+    x = tl.load(
+        X + (group // H) * stride_xb + (group % H) * stride_xh + token.to(tl.int64)[:, None] * stride_xn + d[None, :],
+        mask=(token < N)[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    best = tl.full([BLOCK_N, BLOCK_K], float("-inf"), tl.float32)
+    best_start = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
+    centroids = Centroids + group * K * D + column[None, :] * D + d[:, None]
+    half_norms = HalfNorms + group * K + column
+    for start in range(0, K, BLOCK_K):
+        inside = start + column < K
+        c = tl.load(centroids + start * D, mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        half_norm = tl.load(half_norms + start, mask=inside, other=float("inf"))
+        score = tl.dot(x, c, input_precision="ieee") - half_norm[None, :]
+        better = score > best
+        best = tl.where(better, score, best)
+        best_start = tl.where(better, start, best_start)
+    # Of equal scores the lowest centroid wins: in a column by the strict comparison, across columns here.
+    top = tl.max(best, axis=1)
+    label = tl.min(tl.where(best == top[:, None], best_start + column[None, :], 2147483647), axis=1)
+    tl.store(Labels + group * N + token, label, mask=token < N)
+
+
+@triton.jit(do_not_specialize=["H", "N", "K"])
+def _cluster_means_kernel(
+    X,
+    Labels,
+    Order,
+    Starts,
+    Sizes,
+    OldCentroids,
+    Centroids,
+    Partials,
+    H,
+    N,
+    K,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LARGE: tl.constexpr,
+):
+    """Programs 0..K-1 own a cluster each; then every chunk has two: slot 0 for the cluster of its first row,
+    slot 1 for the cluster of its last row if that is another. Clusters that are not large leave them idle."""
+    program = tl.program_id(0)
+    group = tl.program_id(1).to(tl.int64)
+    Order += group * N
+    owns_cluster = program < K
+    slot_index = program - K
+    first = (slot_index // 2) * CHUNK
+    last = tl.minimum(first + CHUNK, N) - 1
+    cluster = program
+    if not owns_cluster:
+        edge = tl.where(slot_index % 2 == 0, first, last)
+        cluster = tl.load(Labels + group * N + tl.load(Order + edge))
+        cluster = tl.minimum(tl.maximum(cluster, 0), K - 1)
+    start = tl.load(Starts + group * K + cluster)
+    size = tl.load(Sizes + group * K + cluster)
+    low = start
+    high = start + size
+    if owns_cluster:
+        active = size <= LARGE
+    else:
+        active = (size > LARGE) & ((slot_index % 2 == 0) | (start > first))
+        low = tl.maximum(low, first)
+        high = tl.minimum(high, last + 1)
+    if active:
+        d = tl.arange(0, BLOCK_D)
+        X += (group // H) * stride_xb + (group % H) * stride_xh
+        total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        for position in range(low, high, BLOCK):
+            row = position + tl.arange(0, BLOCK)
+            token = tl.load(Order + row, mask=row < high, other=0).to(tl.int64)
+            mask = (row < high)[:, None] & (d < D)[None, :]
+            total += tl.load(X + token[:, None] * stride_xn + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        value = tl.sum(total, axis=0)
+        if owns_cluster:
+            cell = (group * K + cluster) * D + d
+            old = tl.load(OldCentroids + cell, mask=d < D, other=0.0)
+            mean = tl.div_rn(value, tl.maximum(size, 1).to(tl.float32)).to(old.dtype)
+            tl.store(Centroids + cell, tl.where(size == 0, old, mean), mask=d < D)
+        else:
+            slots = tl.num_programs(0) - K
+            tl.store(Partials + (group * slots + slot_index) * D + d, value, mask=d < D)
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def _large_means_kernel(
+    Labels,
+    Order,
+    Starts,
+    Sizes,
+    Centroids,
+    Partials,
+    N,
+    K,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LARGE: tl.constexpr,
+):
+    """Each chunk finishes the large cluster that begins in it: at most one, and the last row is its."""
+    chunk = tl.program_id(0)
+    group = tl.program_id(1).to(tl.int64)
+    first = chunk * CHUNK
+    last = tl.minimum(first + CHUNK, N) - 1
+    cluster = tl.load(Labels + group * N + tl.load(Order + group * N + last))
+    cluster = tl.minimum(tl.maximum(cluster, 0), K - 1)
+    start = tl.load(Starts + group * K + cluster)
+    size = tl.load(Sizes + group * K + cluster)
+    if (size > LARGE) & (start >= first):
+        d = tl.arange(0, BLOCK_D)
+        chunks = (start + size - 1) // CHUNK - chunk + 1
+        Partials += (group * tl.num_programs(0) + chunk) * 2 * D
+        total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        for offset in range(0, chunks, BLOCK):
+            ahead = offset + tl.arange(0, BLOCK)
+            # Further chunks begin inside the cluster: slot 0. This one may begin in another: slot 1.
+            slot = 2 * ahead + ((ahead == 0) & (start > first)).to(tl.int32)
+            mask = (ahead < chunks)[:, None] & (d < D)[None, :]
+            total += tl.load(Partials + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
+        mean = tl.div_rn(tl.sum(total, axis=0), size.to(tl.float32))
+        cell = Centroids + (group * K + cluster) * D + d
+        tl.store(cell, mean.to(Centroids.dtype.element_ty), mask=d < D)
+
+
+def _capability(tensor: torch.Tensor) -> int:
+    if not tensor.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def _block_d(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _innermost_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def assign(x: torch.Tensor, centroids: torch.Tensor, tiles: AssignTiles | None = None) -> torch.Tensor:
+    """``x`` ``[B, H, N, D]``, ``centroids`` ``[B, H, K, D]`` -> labels int32 ``[B, H, N]``."""
+    x, centroids = _innermost_contiguous(x), centroids.contiguous()
+    batch, heads, length, head_dim = x.shape
+    num_clusters = centroids.shape[2]
+    labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x.device)
+    if labels.numel() == 0:
+        return labels
+    tiles = tiles or assign_tiles(_capability(x), head_dim, x.dtype, num_clusters)
+    half_norms = torch.empty(batch, heads, num_clusters, dtype=torch.float32, device=x.device)
+    block_d = _block_d(head_dim)
+    with on_device_of(x):
+        _half_norms_kernel[(triton.cdiv(half_norms.numel(), _NORM_BLOCK),)](
+            centroids,
+            half_norms,
+            half_norms.numel(),
+            D=head_dim,
+            BLOCK=_NORM_BLOCK,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+        _assign_kernel[(triton.cdiv(length, tiles.block_n), batch * heads)](
+            x,
+            centroids,
+            half_norms,
+            labels,
+            heads,
+            length,
+            num_clusters,
+            *x.stride()[:3],
+            D=head_dim,
+            BLOCK_N=tiles.block_n,
+            BLOCK_K=tiles.block_k,
+            BLOCK_D=block_d,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+    return labels
+
+
+def means(
+    x: torch.Tensor, labels: torch.Tensor, old: torch.Tensor, order: torch.Tensor, sizes: torch.Tensor
+) -> torch.Tensor:
+    """Means ``[B, H, K, D]`` of the runs of ``order`` ``[B, H, N]``, whose lengths are ``sizes``."""
+    x, labels, old = _innermost_contiguous(x), labels.contiguous(), old.contiguous()
+    batch, heads, length, head_dim = x.shape
+    num_clusters = old.shape[2]
+    centroids = torch.empty_like(old)
+    groups, chunks = batch * heads, triton.cdiv(length, CHUNK)
+    starts = sizes.cumsum(-1, dtype=torch.int32) - sizes
+    partials = torch.empty(groups, chunks, 2, head_dim, dtype=torch.float32, device=x.device)
+    block_d = _block_d(head_dim)
+    constants = {"D": head_dim, "BLOCK_D": block_d, "CHUNK": CHUNK, "LARGE": LARGE}
+    if groups == 0:
+        return centroids
+    with on_device_of(x):
+        _cluster_means_kernel[(num_clusters + 2 * chunks, groups)](
+            x,
+            labels,
+            order,
+            starts,
+            sizes,
+            old,
+            centroids,
+            partials,
+            heads,
+            length,
+            num_clusters,
+            *x.stride()[:3],
+            BLOCK=max(16, _MEAN_ELEMENTS // block_d),
+            num_warps=4,
+            **constants,
+        )
+        if length > LARGE:  # else no cluster can be large
+            _large_means_kernel[(chunks, groups)](
+                labels,
+                order,
+                starts,
+                sizes,
+                centroids,
+                partials,
+                length,
+                num_clusters,
+                BLOCK=max(16, _MEAN_ELEMENTS // block_d),
+                num_warps=4,
+                **constants,
+            )
+    return centroids
+
+
+def aot_cases(cc: int) -> list[AotCase]:
+    """Every row of the tile table for ``cc``, and the means at a plain and at a padded head dim."""
+    strides = {name: "i32" for name in ("stride_xb", "stride_xh", "stride_xn")}
+    cases = [
+        AotCase(
+            "half_norms",
+            _half_norms_kernel,
+            {"Centroids": "*bf16", "HalfNorms": "*fp32", "rows": "i32"}
+            | dict.fromkeys(("D", "BLOCK", "BLOCK_D"), "constexpr"),
+            {"D": 128, "BLOCK": _NORM_BLOCK, "BLOCK_D": 128},
+            num_warps=4,
+            aligned=("Centroids", "HalfNorms"),
+        )
+    ]
+    for dtype, name, head_dim, num_clusters in [
+        (torch.bfloat16, "bf16", 128, 300),
+        (torch.bfloat16, "bf16", 128, 1000),
+        (torch.float16, "fp16", 64, 100),
+        (torch.bfloat16, "bf16", 192, 1000),
+        (torch.float32, "fp32", 128, 1000),
+    ]:
+        tiles = assign_tiles(cc, head_dim, dtype, num_clusters)
+        constants = {
+            "D": head_dim,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+            "BLOCK_D": _block_d(head_dim),
+        }
+        pointers = {"X": f"*{name}", "Centroids": f"*{name}", "HalfNorms": "*fp32", "Labels": "*i32"}
+        cases.append(
+            AotCase(
+                f"assign/{name}/d{head_dim}/k{num_clusters}",
+                _assign_kernel,
+                pointers | dict.fromkeys(("H", "N", "K"), "i32") | strides | dict.fromkeys(constants, "constexpr"),
+                constants,
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+                aligned=(*pointers, *strides),
+            )
+        )
+    run = {"Labels": "*i32", "Order": "*i32", "Starts": "*i32", "Sizes": "*i32"}
+    for name, head_dim in [("bf16", 128), ("fp32", 80)]:
+        constants = {
+            "D": head_dim,
+            "BLOCK": max(16, _MEAN_ELEMENTS // _block_d(head_dim)),
+            "BLOCK_D": _block_d(head_dim),
+            "CHUNK": CHUNK,
+            "LARGE": LARGE,
+        }
+        constant_types = dict.fromkeys(constants, "constexpr")
+        results = {"Centroids": f"*{name}", "Partials": "*fp32"}
+        pointers = {"X": f"*{name}"} | run | {"OldCentroids": f"*{name}"} | results
+        cases.append(
+            AotCase(
+                f"cluster_means/{name}/d{head_dim}",
+                _cluster_means_kernel,
+                pointers | dict.fromkeys(("H", "N", "K"), "i32") | strides | constant_types,
+                constants,
+                num_warps=4,
+                aligned=(*pointers, *strides),
+            )
+        )
+        cases.append(
+            AotCase(
+                f"large_means/{name}/d{head_dim}",
+                _large_means_kernel,
+                run | results | dict.fromkeys(("N", "K"), "i32") | constant_types,
+                constants,
+                num_warps=4,
+                aligned=(*run, *results),
+            )
+        )
+    return cases
