@@ -35,9 +35,7 @@ def variable_block_attention(
             # One copy of a strided head costs less than strided reads for every query block that keeps its
             # rows.
             head_key, head_value = key[b, h].contiguous(), value[b, h].contiguous()
-            head_query = (
-                query[b, h] if query_order is None else query[b, h].index_select(0, query_order[b, h])
-            )
+            head_query = query[b, h] if query_order is None else query[b, h].index_select(0, query_order[b, h])
             sizes = key_sizes[b, h].long()
             kept = block_map[b, h].repeat_interleave(sizes, dim=1)  # [Cq, rows]
             start = 0

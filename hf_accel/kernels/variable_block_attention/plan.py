@@ -86,9 +86,7 @@ def _compact(Cluster, Row, count, keep_row, List, BLOCK: tl.constexpr):
     return kept
 
 
-@triton.jit(
-    do_not_specialize=["first_head", "num_query_blocks", "num_clusters", "run_capacity", "single_capacity"]
-)
+@triton.jit(do_not_specialize=["first_head", "num_query_blocks", "num_clusters", "run_capacity", "single_capacity"])
 def compact_kernel(
     BlockMap,  # uint8 [G, Cq, Ck]
     RunCluster,

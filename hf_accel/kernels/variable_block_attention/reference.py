@@ -15,9 +15,7 @@ def block_of_row(sizes: torch.Tensor, length: int) -> torch.Tensor:
     return torch.searchsorted(ends, rows.contiguous(), right=True)
 
 
-def token_mask(
-    block_map: torch.Tensor, query_sizes: torch.Tensor, key_sizes: torch.Tensor, lengths: tuple[int, int]
-):
+def token_mask(block_map: torch.Tensor, query_sizes: torch.Tensor, key_sizes: torch.Tensor, lengths: tuple[int, int]):
     """Expand a block map ``[B, H, Cq, Ck]`` to a bool mask ``[B, H, Sq, Sk]`` over sorted rows.
 
     ``lengths`` is ``(Sq, Sk)``. Rows and columns beyond the sums of the sizes are False.

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.online_softmax import attend_rows, finish
 from hf_accel.kernels.variable_block_attention.plan import (
     compact_kernel,
     key_units_kernel,
@@ -32,18 +33,21 @@ PLAN_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Tile:
-    """``m`` query rows by ``n`` keys, the warps that share it and the depth of the load pipeline."""
+    """``m`` query rows by ``n`` keys, the warps that share it and the depth of the load pipeline.
+
+    ``max_registers`` caps the registers of a thread, so that two programs fit on one multiprocessor.
+    """
 
     m: int
     n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """``main`` for whole tiles, ``tail`` for the at most ``tail.m`` rows left of a query block (None: main
-    too).
+    """``main`` for whole tiles, ``tail`` for the at most ``tail.m`` rows left of a query block.
 
     Without a tail, main tiles take the rest too. ``run`` is the number of consecutive key rows that share a
     list entry (a power of two, at most ``n``).
@@ -67,54 +71,13 @@ def tiles_for(cc: int, head_dim: int, dtype: torch.dtype) -> Tiles:
         return Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3))
     if head_dim <= 128:
         if cc in (90, 100, 103):
-            return Tiles(Tile(128, 64, 8, 4), Tile(64, 64, 4, 3))
+            return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3))
         if cc == 80:
             return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3))
         return Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2))
     if large_shared_memory:
         return Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2))
     return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1))
-
-
-@triton.jit
-def _attend_tile(
-    query,
-    Key,
-    Value,
-    rows,
-    valid,
-    row_max,
-    row_sum,
-    acc,
-    stride_key,
-    stride_value,
-    scale,
-    MASKED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step of the online softmax (base 2) over the key rows ``rows`` ``[BLOCK_N]``."""
-    d = tl.arange(0, BLOCK_D)
-    key_pointers = Key + rows[:, None].to(tl.int64) * stride_key + d[None, :]
-    value_pointers = Value + rows[:, None].to(tl.int64) * stride_value + d[None, :]
-    if BLOCK_D == D and not MASKED:
-        key = tl.load(key_pointers)
-        value = tl.load(value_pointers)
-    else:
-        # A weight of 0 does not cancel an infinite value: rows that do not count must not be read.
-        element = (d[None, :] < D) & valid[:, None] if MASKED else d[None, :] < D
-        key = tl.load(key_pointers, mask=element, other=0.0)
-        value = tl.load(value_pointers, mask=element, other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    if MASKED:
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
-    weights = tl.math.exp2(scores * scale - new_max[:, None])
-    shrink = tl.math.exp2(row_max - new_max)
-    row_sum = row_sum * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
-    return new_max, row_sum, acc
 
 
 @triton.jit(
@@ -200,14 +163,17 @@ def attention_kernel(
     column = tl.arange(0, BLOCK_N)
     RUNS_PER_TILE: tl.constexpr = BLOCK_N // RUN
     full_tiles = runs // RUNS_PER_TILE
+    # List entries are loaded one tile ahead and carried in registers. Loaded where they are used, they would be
+    # one more stage of Triton's load pipeline, and K and V would be waited for as soon as they are asked for.
+    entries = tl.load(RunList + column // RUN, mask=column < full_tiles * BLOCK_N, other=0)
     for t in range(0, full_tiles):
-        rows = tl.load(RunList + t * RUNS_PER_TILE + column // RUN) + column % RUN
-        row_max, row_sum, acc = _attend_tile(
+        rows = entries + column % RUN
+        entries = tl.load(RunList + tl.minimum(t + 1, full_tiles - 1) * RUNS_PER_TILE + column // RUN)
+        row_max, row_sum, acc = attend_rows(
             query, Key, Value, rows, rows, row_max, row_sum, acc, stride_ks, stride_vs, scale,
             False, D, BLOCK_D, PRECISION,
         )  # fmt: skip
-    # What is left: runs that do not fill a tile, then all singles. Some 5 % of the keys, so masks do not
-    # matter.
+    # What is left: runs that do not fill a tile, then all singles. Some 5 % of the keys, so masks cost little.
     RunList += full_tiles * RUNS_PER_TILE
     in_runs = (runs - full_tiles * RUNS_PER_TILE) * RUN
     left = in_runs + singles
@@ -217,16 +183,14 @@ def attention_kernel(
         if RUN > 1:
             single = tl.load(SingleList + i - in_runs, mask=(i >= in_runs) & (i < left), other=0)
             rows = tl.where(i < in_runs, rows, single)
-        row_max, row_sum, acc = _attend_tile(
+        row_max, row_sum, acc = attend_rows(
             query, Key, Value, rows, i < left, row_max, row_sum, acc, stride_ks, stride_vs, scale,
             True, D, BLOCK_D, PRECISION,
         )  # fmt: skip
 
-    # A block that keeps nothing has row_sum 0 and row_max -inf: its output is 0 and its LSE -inf.
-    out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    out, lse = finish(row_max, row_sum, acc)
     out_offsets = batch * stride_ob + head * stride_oh + row[:, None].to(tl.int64) * stride_os + d[None, :]
     tl.store(Out + out_offsets, out.to(Out.dtype.element_ty), mask=element)
-    lse = (row_max + tl.math.log2(tl.where(row_sum > 0, row_sum, 1.0))) * 0.6931471805599453
     tl.store(Lse + group * num_queries + row, lse, mask=inside)
 
 
@@ -313,14 +277,15 @@ def launch(
                 first_head, heads, num_blocks, num_queries, table.shape[1], run_capacity, single_capacity,
                 scale * LOG2_E,
                 **_constexprs(tile, run, head_dim, query.dtype, query_order is not None),
-                num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+                num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return out, lse
 
 
 def aot_cases(cc: int) -> list[AotCase]:
     """The kernels as the launcher would call them on compute capability ``cc``."""
-    shapes = [("bf16", 128), ("bf16", 64), ("fp16", 40), ("bf16", 256), ("fp32", 64), ("fp32", 128)]
+    shapes = [("bf16", 128), ("bf16", 64), ("fp16", 40), ("bf16", 256), ("fp32", 64)]
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     cases: list[AotCase] = []
     for name, head_dim in shapes:

@@ -1,0 +1,58 @@
+"""The step of flash attention that the attention kernels share. Imports triton: for ``kernels/OP/triton.py``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attend_rows(
+    query,  # [BLOCK_M, BLOCK_D]
+    Key,
+    Value,
+    rows,  # [BLOCK_N] rows of Key and Value, in any order
+    counts,  # [BLOCK_N] bool: rows that take part; read only if MASKED
+    row_max,  # [BLOCK_M] fp32, base-2 logarithm
+    row_sum,  # [BLOCK_M] fp32
+    acc,  # [BLOCK_M, BLOCK_D] fp32
+    stride_key,
+    stride_value,
+    scale,  # softmax scale times log2(e), positive
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over one tile of keys (Dao 2023, arXiv 2307.08691, algorithm 1), in base 2.
+
+    If MASKED, at least one row of every tile must take part, or the maximum has no finite value.
+    """
+    d = tl.arange(0, BLOCK_D)
+    row_offsets = rows[:, None].to(tl.int64)
+    key_pointers = Key + row_offsets * stride_key + d[None, :]
+    value_pointers = Value + row_offsets * stride_value + d[None, :]
+    if BLOCK_D == D and not MASKED:
+        key = tl.load(key_pointers)
+        value = tl.load(value_pointers)
+    else:
+        # A weight of 0 does not cancel an infinite value: rows that do not count must not be read.
+        element = (d[None, :] < D) & counts[:, None] if MASKED else d[None, :] < D
+        key = tl.load(key_pointers, mask=element, other=0.0)
+        value = tl.load(value_pointers, mask=element, other=0.0)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(counts[None, :], scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    weights = tl.math.exp2(scores * scale - new_max[:, None])
+    shrink = tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+    return new_max, row_sum, acc
+
+
+@triton.jit
+def finish(row_max, row_sum, acc):
+    """Output and natural-logarithm LSE. A row without keys has row_sum 0, row_max -inf: 0 and -inf."""
+    denominator = tl.where(row_sum > 0, row_sum, 1.0)
+    return acc / denominator[:, None], (row_max + tl.math.log2(denominator)) * 0.6931471805599453
