@@ -7,6 +7,7 @@ file and the key, because a setting that is dropped in silence is a measurement 
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from hf_accel import __version__, registry
+from hf_accel import registry
 from hf_accel.config import Config
 from hf_accel.errors import InvalidSetting, PresetError, UnknownMethod
 from hf_accel.hosts.target import Model
@@ -142,7 +143,7 @@ def load(reference: str, revision: str | None = None) -> Preset:
         file = path / PRESET_FILE if path.is_dir() else path
         if not file.is_file():
             raise PresetError(f"Folder {reference!r} has no {PRESET_FILE}. Add one, or give the path of the YAML file.")
-        return _parse(file, f"preset {reference}")
+        return _read_file(file, str(file))
     if not _REPO_ID.match(reference) or reference.endswith(_FILE_ENDINGS):
         raise PresetError(
             f"No preset file {reference!r} here (looked in {Path.cwd()}). Give an existing path, or 'owner/name' of a "
@@ -150,11 +151,15 @@ def load(reference: str, revision: str | None = None) -> Preset:
         )
     file = _download(reference, revision)
     # Cached files lie in snapshots/<commit>/: the one place that names the commit without another request.
-    return _parse(file, f"preset {reference} at commit {file.parent.name}")
+    return _read_file(file, f"{reference} at commit {file.parent.name}")
 
 
 def to_yaml(preset: Preset) -> str:
-    """The text of a preset file; :func:`load` reads it back to an equal preset, origins aside."""
+    """The text of a preset file; :func:`load` reads it back to an equal preset, origins aside.
+
+    Raises:
+        PresetError: something in it cannot be written, or could not be read back.
+    """
     data: dict[str, Any] = {"hf_accel": SCHEMA, "name": preset.name}
     if preset.description:
         data["description"] = preset.description
@@ -164,8 +169,16 @@ def to_yaml(preset: Preset) -> str:
         data["models"] = [match.to_dict() for match in preset.models]
     data["apply"] = [wanted.config.to_dict() for wanted in preset.wanted]
     if preset.evidence:
-        data["evidence"] = _plain(preset.evidence)
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+        data["evidence"] = preset.evidence
+    try:
+        text = yaml.dump(_plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    except yaml.representer.RepresenterError as error:
+        raise PresetError(
+            f"preset {preset.name!r} holds a {type(error.args[1]).__name__}; a file can hold text, numbers, dates, "
+            "lists and mappings. Convert it first."
+        ) from error
+    parse(text, preset.name)
+    return text
 
 
 def dump(what: Preset | Iterable[Wanted], path: str | Path) -> Path:
@@ -288,7 +301,12 @@ def read(text: str, file: str) -> Node:
     if len(text) > MAX_BYTES:
         raise PresetError(f"{file}: {len(text)} characters; a preset has at most {MAX_BYTES}. Is it another file?")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        loader.name = file  # instead of "<unicode string>" in the parser's complaints
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-31
         raise PresetError(f"{file}: not a readable YAML file: {error}") from error
     root = Node(value, file)
@@ -297,7 +315,7 @@ def read(text: str, file: str) -> Node:
     version = Node(value["hf_accel"], file, "hf_accel").integer()
     if version > SCHEMA:
         raise PresetError(
-            f"{file}: written in schema {version}; this hf_accel {__version__} reads up to {SCHEMA}. Upgrade hf_accel."
+            f"{file}: written in schema {version}; this hf_accel {_version()} reads up to {SCHEMA}. Upgrade hf_accel."
         )
     if version < 1:
         Node(version, file, "hf_accel").fail(f"a schema version from 1 to {SCHEMA}")
@@ -322,13 +340,13 @@ def read_method(entries: Mapping[str, Node], origin: str) -> Wanted:
     The version is mandatory: without it a file would change its meaning when a method's settings do.
     """
     method = entries["method"]
-    where = f"{method.file} at {method.path!r}"
     name = method.text()
     try:
         cls = registry.get(name)
     except UnknownMethod as error:
-        error.args = (f"{where}: {error}",)
+        error.args = (f"{method.file} at {method.path!r}: {error}",)
         raise
+    where = f"{method.file} at {method.path.removesuffix('.method')!r}"
     data = {
         "method": name,
         "version": entries["version"].integer(),
@@ -344,15 +362,24 @@ def read_method(entries: Mapping[str, Node], origin: str) -> Wanted:
     return Wanted(name, config, origin)
 
 
-def _parse(file: Path, origin: str) -> Preset:
-    label = origin.removeprefix("preset ")
+def _read_file(file: Path, label: str) -> Preset:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise PresetError(f"{label}: larger than {MAX_BYTES} bytes. Is it another file?")
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PresetError(f"{label}: cannot be read as text: {error}") from error
+    return parse(text, label)
+
+
+def parse(text: str, label: str) -> Preset:
+    """The preset in a YAML text; ``label`` names the text in complaints and in the origin.
+
+    Raises:
+        PresetError, InvalidSetting, UnknownMethod: as :func:`load`.
+    """
     root = read(text, label)
+    origin = f"preset {label}"
     entries = root.mapping(
         required=("hf_accel", "name", "apply"), optional=("description", "requires", "models", "evidence")
     )
@@ -381,19 +408,26 @@ def _read_requires(node: Node) -> str:
         specifier = SpecifierSet(wanted.text())
     except InvalidSpecifier:
         wanted.fail('a version range such as ">=0.1"')
-    if not specifier.contains(__version__, prereleases=True):
+    if not specifier.contains(_version(), prereleases=True):
         raise PresetError(
-            f"{node.file}: needs hf_accel {wanted.text()}; this is {__version__}. Install a version that fits."
+            f"{node.file}: needs hf_accel {wanted.text()}; this is {_version()}. Install a version that fits."
         )
     return wanted.text()
 
 
+def _version() -> str:
+    return importlib.metadata.version("hf_accel")
+
+
 def _plain(value: Any) -> Any:
-    """Tuples as lists and mappings as dicts, as a file would have them."""
+    """Tuples as lists, mappings as dicts, kinds of numbers and text as plain ones: as a file would have them."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    for kind in (str, float, int):  # NumPy's float64 is a float that YAML does not know
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
     return value
 
 
