@@ -1,4 +1,4 @@
-"""The step of flash attention that the attention kernels share. Imports triton: for ``kernels/OP/triton.py``."""
+"""The step of flash attention that the Triton attention kernels share (imports triton)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ def attend_rows(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax over one tile of keys (Dao 2023, arXiv 2307.08691, algorithm 1), in base 2.
-
-    If MASKED, at least one row of every tile must take part, or the maximum has no finite value.
-    """
+    """Online softmax over one tile of keys (Dao 2023, arXiv 2307.08691, algorithm 1), in base 2."""
     d = tl.arange(0, BLOCK_D)
     row_offsets = rows[:, None].to(tl.int64)
     key_pointers = Key + row_offsets * stride_key + d[None, :]
@@ -44,8 +41,12 @@ def attend_rows(
     if MASKED:
         scores = tl.where(counts[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
-    weights = tl.math.exp2(scores * scale - new_max[:, None])
-    shrink = tl.math.exp2(row_max - new_max)
+    base = new_max
+    if MASKED:
+        # While no key has taken part the maximum is -inf, and -inf - -inf is no number.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.math.exp2(scores * scale - base[:, None])
+    shrink = tl.math.exp2(row_max - base)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
     return new_max, row_sum, acc

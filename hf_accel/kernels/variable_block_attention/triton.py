@@ -18,6 +18,7 @@ import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase, make_case
 from hf_accel.kernels.online_softmax import attend_rows, finish
+from hf_accel.kernels.tile import Tile, compute_capability, precision
 from hf_accel.kernels.variable_block_attention.plan import (
     compact_kernel,
     key_units_kernel,
@@ -29,20 +30,6 @@ LOG2_E = math.log2(math.e)
 # worked through in groups so that they stay below this many bytes.
 LIST_BYTES = 256 * 2**20
 PLAN_BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class Tile:
-    """``m`` query rows by ``n`` keys, the warps that share it and the depth of the load pipeline.
-
-    ``max_registers`` caps the registers of a thread, so that two programs fit on one multiprocessor.
-    """
-
-    m: int
-    n: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -194,14 +181,6 @@ def attention_kernel(
     tl.store(Lse + group * num_queries + row, lse, mask=inside)
 
 
-def compute_capability(tensor: torch.Tensor) -> int:
-    """The key of the tile table: 90 for an H100, 0 for tensors that only the interpreter can take."""
-    if not tensor.is_cuda:
-        return 0
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return major * 10 + minor
-
-
 def launch(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -323,6 +302,5 @@ def _constexprs(tile: Tile, run: int, head_dim: int, dtype: torch.dtype, has_ord
         "BLOCK_N": tile.n,
         "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        # tf32 would lose half the digits of an fp32 call; for the half types it means nothing.
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": precision(dtype),
     }

@@ -1,0 +1,131 @@
+"""Attention over fixed blocks with a list of kept key blocks per row of query blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_accel.errors import UnsupportedByKernel
+from hf_accel.kernels import checks
+from hf_accel.kernels.block_sparse_attention.index import block_map_to_index, index_to_block_map
+from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+
+__all__ = ["backend_for", "block_map_to_index", "block_sparse_attention", "index_to_block_map"]
+
+OP = "block_sparse_attention"
+LIMITS = TritonLimits(min_head_dim=1, max_head_dim=256)
+BLOCK_SIZES = (64, 128)
+
+
+def backend_for(query: torch.Tensor, backend: str = "auto") -> Choice:
+    """The backend that a call with this ``query`` ``[B, H, Sq, D]`` runs on, and why."""
+    return choose(OP, query, LIMITS, backend)
+
+
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_index: torch.Tensor,
+    block_count: torch.Tensor,
+    *,
+    block_size: int | tuple[int, int] = (128, 128),
+    scale: float | None = None,
+    key_valid: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of each query block on the key blocks that its row of the index lists.
+
+    Args:
+        query: ``[B, H, Sq, D]``, last axis contiguous, other strides free. fp16, bf16 or fp32.
+        key: ``[B, Hkv, Sk, D]``, likewise, dtype of ``query``. H is a multiple of Hkv: query head h reads
+            key head ``h // (H // Hkv)``.
+        value: ``[B, Hkv, Sk, D]``, likewise.
+        block_index: int32 ``[B or 1, H or 1, ceil(Sq / bq), max_keep]``, ids of kept key blocks in any order,
+            no id twice in a row. Entries beyond the count are ignored. Ids outside ``0 .. ceil(Sk / bk) - 1``
+            are refused by the torch backend and undefined on a GPU, where a check would wait for the device.
+        block_count: int32 ``[B or 1, H or 1, ceil(Sq / bq)]``, number of kept blocks of each row; 0 is
+        allowed. block_size: ``(bq, bk)`` or one number for both; 64 or 128 each. The last blocks may be
+        ragged. scale: multiplies the scores; default ``1 / sqrt(D)``. Must be positive.
+        key_valid: bool ``[B, Sk]``; False keys take no part (padding). Costs a mask in every tile.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`backend_for`.
+
+    Returns:
+        ``out`` ``[B, H, Sq, D]`` in the dtype and the memory layout of ``query``, and ``lse`` fp32
+        ``[B, H, Sq]``: the natural logarithm of the sum of exponentiated scores. A row that keeps no key has
+        ``out`` 0 and ``lse`` -inf.
+
+    Raises:
+        UnsupportedByKernel: a shape, dtype, device, stride or block size that no backend takes, or that
+            ``backend="triton"`` does not.
+
+    Not differentiable yet. Equal to dense attention under the token mask that the index expands to
+    (``reference.py``).
+    """
+    sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    _validate(query, key, value, block_index, block_count, sizes, key_valid)
+    scale = checks.resolve_scale(OP, scale, query.shape[-1])
+    chosen = backend_for(query, backend).backend
+    return _block_sparse_attention(
+        query, key, value, block_index, block_count, sizes[0], sizes[1], scale, key_valid, chosen
+    )
+
+
+@torch.library.custom_op("hf_accel::block_sparse_attention", mutates_args=())
+def _block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_index: torch.Tensor,
+    block_count: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+    key_valid: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    block_size = (query_block, key_block)
+    arguments = (query, key, value, block_index, block_count, block_size, scale, key_valid)
+    if backend == "triton":
+        from hf_accel.kernels.block_sparse_attention import triton
+
+        return triton.launch(*arguments)
+    from hf_accel.kernels.block_sparse_attention import cpu
+
+    return cpu.block_sparse_attention(*arguments)
+
+
+@_block_sparse_attention.register_fake
+def _(query, key, value, block_index, block_count, query_block, key_block, scale, key_valid, backend):
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _validate(query, key, value, block_index, block_count, block_size, key_valid) -> None:
+    if len(block_size) != 2 or any(size not in BLOCK_SIZES for size in block_size):
+        raise UnsupportedByKernel(f"{OP}: block sizes must be 64 or 128 each; got {block_size}.")
+    checks.expect(OP, "query", query, {"B": None, "H": None, "Sq": None, "D": None})
+    batch, heads, num_queries, head_dim = query.shape
+    checks.expect(OP, "key", key, {"B": batch, "Hkv": None, "Sk": None, "D": head_dim}, query.dtype)
+    key_heads, num_keys = key.shape[1:3]
+    checks.expect(OP, "value", value, {"B": batch, "Hkv": key_heads, "Sk": num_keys, "D": head_dim}, query.dtype)
+    if key_heads == 0 or heads % key_heads:
+        raise UnsupportedByKernel(
+            f"{OP}: the number of query heads must be a multiple of the number of key heads; "
+            f"got {heads} and {key_heads}."
+        )
+    index_batch = batch if block_index.dim() == 4 and block_index.shape[0] != 1 else 1
+    index_heads = heads if block_index.dim() == 4 and block_index.shape[1] != 1 else 1
+    rows = {"B": index_batch, "H": index_heads, "ceil(Sq/bq)": -(-num_queries // block_size[0])}
+    checks.expect(OP, "block_index", block_index, {**rows, "max_keep": None}, torch.int32)
+    checks.expect(OP, "block_count", block_count, rows, torch.int32)
+    if key_valid is not None:
+        checks.expect(OP, "key_valid", key_valid, {"B": batch, "Sk": num_keys}, torch.bool)
+    checks.expect_one_device(
+        OP,
+        query=query,
+        key=key,
+        value=value,
+        block_index=block_index,
+        block_count=block_count,
+        key_valid=key_valid,
+    )
+    checks.expect_last_axis_contiguous(OP, query=query, key=key, value=value)

@@ -1,0 +1,225 @@
+"""Block-sparse attention on a GPU: tile sizes, the forward kernel and its launcher.
+
+Flash attention's forward pass whose key tiles come from a list of blocks per row of query blocks. The
+backward pass, when it comes, is a file of its own beside this one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.online_softmax import attend_rows, finish
+from hf_accel.kernels.tile import Tile, compute_capability, precision
+
+LOG2_E = math.log2(math.e)
+
+
+def tile_for(cc: int, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int]) -> Tile:
+    """The tile for compute capability ``cc`` (0: the interpreter); it divides the block."""
+    if dtype == torch.float32:
+        # IEEE fp32 has no tensor cores: registers, not shared memory, set the tile.
+        tile = Tile(64, 32 if head_dim <= 128 else 16, 4, 2)
+    elif head_dim <= 64:
+        tile = Tile(128, 64, 4, 3)
+    elif head_dim <= 128:
+        tile = Tile(128, 64, 8, 3) if cc in (0, 80, 90, 100, 103) else Tile(128, 32, 4, 2)
+    elif cc in (0, 80, 90, 100, 103):
+        tile = Tile(128, 32, 8, 2)
+    else:
+        tile = Tile(64, 32, 4, 1)
+    m, n = min(tile.m, block_size[0]), min(tile.n, block_size[1])
+    # A wgmma warpgroup takes 64 rows: eight warps would split 64 rows by columns and read K twice.
+    return replace(tile, m=m, n=n, num_warps=min(tile.num_warps, max(4, m // 16)))
+
+
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys", "num_query_blocks", "max_keep", "scale"])
+def forward_kernel(
+    Query,  # [B, H, Sq, D]
+    Key,  # [B, Hkv, Sk, D]
+    Value,
+    Out,  # [B, H, Sq, D]
+    Lse,  # fp32 [B, H, Sq], natural logarithm
+    BlockIndex,  # int32, rows of max_keep entries
+    BlockCount,  # int32
+    KeyValid,  # uint8 [B, Sk]; unused unless HAS_VALID
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    index_batch_step,  # rows of blocks from one batch (head) to the next in BlockIndex; 0 where they share
+    index_head_step,
+    num_heads,
+    heads_per_key_head,
+    num_queries,
+    num_keys,
+    num_query_blocks,
+    max_keep,
+    scale,  # softmax scale times log2(e)
+    HAS_VALID: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program per (head, query tile); heads in order, so that programs in flight share K and V in L2."""
+    TILES_PER_BLOCK: tl.constexpr = QUERY_BLOCK // BLOCK_M
+    KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
+    pid = tl.program_id(0)
+    group = (pid // (num_query_blocks * TILES_PER_BLOCK)).to(tl.int64)
+    tile = pid % (num_query_blocks * TILES_PER_BLOCK)
+    first = tile * BLOCK_M
+    if first >= num_queries:
+        return
+    batch = group // num_heads
+    head = group % num_heads
+    key_head = head // heads_per_key_head
+    Key += batch * stride_kb + key_head * stride_kh
+    Value += batch * stride_vb + key_head * stride_vh
+    row = first + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    element = (row[:, None] < num_queries) & (d[None, :] < D)
+    query_offsets = batch * stride_qb + head * stride_qh + row[:, None].to(tl.int64) * stride_qs + d[None, :]
+    query = tl.load(Query + query_offsets, mask=element, other=0.0)
+
+    index_row = batch * index_batch_step + head * index_head_step + tile // TILES_PER_BLOCK
+    count = tl.minimum(tl.load(BlockCount + index_row), max_keep)
+    BlockIndex += index_row * max_keep
+    # Only the last key block can be ragged. It is found first and taken after the others, wherever it
+    # stands in the list, so that no other tile needs a mask.
+    ragged = count
+    last_full = num_keys // KEY_BLOCK
+    if num_keys % KEY_BLOCK != 0:
+        for i in range(0, count, 128):
+            entry = i + tl.arange(0, 128)
+            ids = tl.load(BlockIndex + entry, mask=entry < count, other=0)
+            ragged = tl.minimum(ragged, tl.min(tl.where((ids == last_full) & (entry < count), entry, count), 0))
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    column = tl.arange(0, BLOCK_N)
+    tiles = (count - (ragged < count).to(tl.int32)) * KEY_TILES
+    # The block id is loaded one tile ahead and carried in a register: loaded where it is used, it would be
+    # one more stage of Triton's load pipeline, and K and V would be waited for as soon as they are asked for.
+    block = tl.load(BlockIndex + (ragged == 0).to(tl.int32), mask=tiles > 0, other=0)
+    for t in range(0, tiles):
+        key_row = block * KEY_BLOCK + (t % KEY_TILES) * BLOCK_N + column
+        entry = tl.minimum(t + 1, tiles - 1) // KEY_TILES
+        block = tl.load(BlockIndex + entry + (entry >= ragged).to(tl.int32))
+        counts = key_row
+        if HAS_VALID:
+            counts = tl.load(KeyValid + batch * num_keys + key_row) != 0
+        row_max, row_sum, acc = attend_rows(
+            query, Key, Value, key_row, counts, row_max, row_sum, acc, stride_ks, stride_vs, scale,
+            HAS_VALID, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    if ragged < count:
+        for first_key in range(last_full * KEY_BLOCK, num_keys, BLOCK_N):
+            key_row = first_key + column
+            counts = key_row < num_keys
+            if HAS_VALID:
+                counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
+            row_max, row_sum, acc = attend_rows(
+                query, Key, Value, key_row, counts, row_max, row_sum, acc, stride_ks, stride_vs, scale,
+                True, D, BLOCK_D, PRECISION,
+            )  # fmt: skip
+
+    out, lse = finish(row_max, row_sum, acc)
+    out_offsets = batch * stride_ob + head * stride_oh + row[:, None].to(tl.int64) * stride_os + d[None, :]
+    tl.store(Out + out_offsets, out.to(Out.dtype.element_ty), mask=element)
+    tl.store(Lse + group * num_queries + row, lse, mask=row < num_queries)
+
+
+def launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_index: torch.Tensor,
+    block_count: torch.Tensor,
+    block_size: tuple[int, int],
+    scale: float,
+    key_valid: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the forward kernel on validated inputs; ``tile`` replaces the table's choice (for tuning)."""
+    batch, heads, num_queries, head_dim = query.shape
+    if tile is None:
+        tile = tile_for(compute_capability(query), head_dim, query.dtype, block_size)
+    out = torch.empty_like(query)
+    lse = query.new_empty((batch, heads, num_queries), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    index_batch, index_heads, num_query_blocks, max_keep = block_index.shape
+    grid = (batch * heads * num_query_blocks * (block_size[0] // tile.m),)
+    forward_kernel[grid](
+        query, key, value, out, lse, block_index.contiguous(), block_count.contiguous(),
+        None if key_valid is None else key_valid.contiguous().view(torch.uint8),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        index_heads * num_query_blocks * (index_batch > 1), num_query_blocks * (index_heads > 1),
+        heads, heads // key.shape[1], num_queries, key.shape[2], num_query_blocks, max_keep, scale * LOG2_E,
+        **_constexprs(tile, block_size, head_dim, query.dtype, key_valid is not None),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return out, lse
+
+
+def _constexprs(
+    tile: Tile, block_size: tuple[int, int], head_dim: int, dtype: torch.dtype, has_valid: bool
+) -> dict[str, Any]:
+    return {
+        "HAS_VALID": has_valid,
+        "QUERY_BLOCK": block_size[0],
+        "KEY_BLOCK": block_size[1],
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "D": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "PRECISION": precision(dtype),
+    }
+
+
+def aot_cases(cc: int) -> list[AotCase]:
+    """The kernel as the launcher would call it on compute capability ``cc``."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    cases = []
+    for name, head_dim, block, has_valid in [
+        ("bf16", 128, 128, False),
+        ("bf16", 128, 128, True),
+        ("bf16", 128, 64, False),
+        ("bf16", 64, 128, False),
+        ("fp16", 80, 64, False),
+        ("bf16", 256, 128, False),
+        ("fp32", 64, 64, False),
+    ]:
+        tile = tile_for(cc, head_dim, dtypes[name], (block, block))
+        cases.append(
+            make_case(
+                f"{name} D{head_dim} block {block}{' key_valid' * has_valid}",
+                forward_kernel,
+                _constexprs(tile, (block, block), head_dim, dtypes[name], has_valid),
+                dict.fromkeys(("Query", "Key", "Value", "Out"), name)
+                | {"Lse": "fp32", "scale": "fp32", "KeyValid": "u8"},
+                tile.num_warps,
+                tile.num_stages,
+            )
+        )
+    return cases
