@@ -26,6 +26,7 @@ class Example(Config):
     dense_steps: int | float = setting(0.2, "a share", share=True)
     backend: str = setting("auto", "a choice", choices=("auto", "torch"))
     label: str | None = setting(None, "a text or nothing")
+    shift: float = setting(0.0, "a number without bounds")
 
 
 REFUSED = [
@@ -49,6 +50,7 @@ REFUSED = [
     ("backend", "cuda", "one of 'auto', 'torch'"),
     ("backend", 1, "one of 'auto', 'torch'"),
     ("label", 3, "str | None"),
+    ("shift", float("nan"), "float"),
 ]
 
 
