@@ -257,7 +257,14 @@ def _read(target: Target, item: Any, revision: str | None, settings: dict[str, A
             f"preset {item}", next(iter(settings)), next(iter(settings.values())),
             "absent: a preset brings its own settings; copy it and change the copy, or name the method",
         )  # fmt: skip
-    return [(w.method, {m.name: w for m in target.models}) for w in loaded.wanted]
+    reasons = {m.name: loaded.why_not(m) for m in target.models}
+    suited = [m for m in target.models if reasons[m.name] is None]
+    if not suited:
+        raise NotApplicable(
+            f"Preset {item} is not meant for {target.description}: "
+            + "; ".join(f"{n}: {r}" for n, r in reasons.items())
+        )
+    return [(w.method, {m.name: w for m in suited}) for w in loaded.wanted]
 
 
 def _named(target: Target, name: str, settings: dict[str, Any]) -> PerModel:

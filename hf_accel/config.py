@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,23 +54,22 @@ class Config:
         types = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if types[field.name] is float and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
-                object.__setattr__(self, field.name, value)
             self._check(field, types[field.name], value)
+            if types[field.name] is float:
+                object.__setattr__(self, field.name, float(value))
 
     def _check(self, field: dataclasses.Field, expected: Any, value: Any) -> None:
         allowed = describe_allowed(field, expected)
+        if expected is float and isinstance(value, int) and not isinstance(value, bool):
+            expected = int  # a whole number is a fine float
         try:
-            if isinstance(value, bool) and expected is not bool:
-                raise TypeError("a bool is no number")
             type_validator(field.name, value, expected)
         except (TypeError, StrictDataclassFieldValidationError) as error:
             raise InvalidSetting(self.METHOD, field.name, value, allowed) from error
         rules = field.metadata
         ok = True
         if isinstance(value, int | float) and not isinstance(value, bool):
-            ok = value == value
+            ok = math.isfinite(value)
             ok &= rules.get("ge") is None or value >= rules["ge"]
             ok &= rules.get("gt") is None or value > rules["gt"]
             ok &= rules.get("le") is None or value <= rules["le"]
@@ -102,12 +102,14 @@ class Config:
         if data.get("method", cls.METHOD) != cls.METHOD:
             raise PresetError(f"Settings of method {data['method']!r} were given to {cls.METHOD!r}.")
         version = data.get("version", cls.VERSION)
-        if not isinstance(version, int) or not 1 <= version <= cls.VERSION:
+        if type(version) is not int or not 1 <= version <= cls.VERSION:
             raise PresetError(
                 f"{cls.METHOD}: settings have version {version!r}; this hf_accel knows 1 to {cls.VERSION}. "
                 "Upgrade hf_accel or export the preset again."
             )
-        settings = data.get("settings") or {}
+        settings = data.get("settings", {})
+        if settings is None:  # a YAML key without a value
+            settings = {}
         if not isinstance(settings, Mapping):
             raise PresetError(f"{cls.METHOD}: 'settings' must be a mapping; got {type(settings).__name__}.")
         return cls.build(settings)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.gate import resolve_share
-from hf_accel.config import Config
+from hf_accel.config import Config as Settings
 from hf_accel.hosts import attention as attention_host
 from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.seam import SeamContext
@@ -94,9 +94,9 @@ class Method(ABC):
     paper: ClassVar[str]
     summary: ClassVar[str]
     facts: ClassVar[Facts]
-    Config: ClassVar[type[Config]]
+    Config: ClassVar[type[Settings]]
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Settings):
         self.config = config
 
     @classmethod
@@ -149,9 +149,7 @@ class AttentionRunner:
         self._states = {}
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        settings = cast(Any, self.method.config)
-        dense_layers = resolve_share(getattr(settings, "dense_layers", 0), call.layer.count)
-        if call.layer.index < dense_layers:
+        if call.layer.index < self._resolve("dense_layers", call.layer.count):
             return call.fallback("dense layer (dense_layers)")
         if "token grid" in self.method.facts.needs:
             if call.grid is None:
@@ -164,14 +162,18 @@ class AttentionRunner:
         key = (call.layer.index, call.item)
         if key not in self._states:
             self._states[key] = self.method.new_state()
-        if self._dense_step(call, getattr(settings, "dense_steps", 0)):
+        if self._dense_step(call):
             self.method.observe(call, self._states[key])
             return call.fallback("dense step (dense_steps)")
         return self.method.attend(call, self._states[key])
 
-    @staticmethod
-    def _dense_step(call: AttentionCall, dense_steps: int | float) -> bool:
+    def _dense_step(self, call: AttentionCall) -> bool:
         """A count is a count; a fraction is of the step count where known, else of the fall of the timestep."""
-        if isinstance(dense_steps, int) or call.step.count is not None:
-            return call.step.index < resolve_share(dense_steps, call.step.count or 0)
-        return call.step.progress < dense_steps
+        share = getattr(self.method.config, "dense_steps", 0)
+        if isinstance(share, int) or call.step.count is not None:
+            # A count is not cut to a total that may be unknown.
+            return call.step.index < self._resolve("dense_steps", call.step.count or call.step.index + 1)
+        return call.step.progress < share
+
+    def _resolve(self, field: str, total: int) -> int:
+        return resolve_share(getattr(self.method.config, field, 0), total, owner=self.method.name, field=field)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 
+# One thread a process: the tests run in several processes, and OpenMP threads that wait for a busy core spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

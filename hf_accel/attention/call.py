@@ -86,7 +86,8 @@ class AttentionCall:
             ``[B, H, Sq, Sk]``, or None.
         scale: factor of the logits, never None.
         causal: whether the host asked for a causal mask.
-        layer, grid, step: the context. ``grid`` has been checked against the sequence length.
+        layer, grid, step: the context. ``grid`` is None where the host cannot tell; methods that declare the need
+            "token grid" only see calls whose grid fits the sequence.
         item: 0, or the batch item where the host calls attention once per item (Mochi).
         dense: runs what the host would have run; returns ``[B, H, Sq, D]``.
         notes: where the call writes what happened (``density``, ``kernel``, ``fallback``); read by the report.
@@ -99,7 +100,7 @@ class AttentionCall:
     scale: float
     causal: bool
     layer: Layer
-    grid: TokenGrid
+    grid: TokenGrid | None
     step: Step
     dense: Callable[[], torch.Tensor]
     item: int = 0

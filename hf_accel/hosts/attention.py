@@ -322,7 +322,7 @@ def _register_processor(base: type) -> Callable[[], None]:
 
 def _patch_sdpa(attention: torch.nn.Module, ledger: Ledger) -> None:
     processor: Any = attention.processor
-    base = type(processor)
+    base: Any = type(processor)
     twin = copy.copy(processor)
     twin.__class__ = _patched_class(base)
     ledger.hold(SharedRegistration(base, functools.partial(_register_processor, base)))
@@ -382,9 +382,9 @@ def _attend_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     query, key, value, mask = ctx.saved_tensors
     scale, causal, gqa, heads_first, _ = ctx.rest
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-        out = _reference(*leaves, mask, scale, causal, gqa, heads_first)
-        grads = torch.autograd.grad(out, leaves, grad)
+        q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
+        out = _reference(q, k, v, mask, scale, causal, gqa, heads_first)
+        grads = torch.autograd.grad(out, (q, k, v), grad)
     return (*grads, None, None, None, None, None, None)
 
 

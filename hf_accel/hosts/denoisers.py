@@ -35,7 +35,7 @@ class Denoiser:
     """
 
     self_attention: tuple[str, ...]
-    dims: Callable[[torch.nn.Module, Arguments], Dims | None]
+    dims: Callable[[Any, Arguments], Dims | None]
     text: TextPlace = "none"
     order: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")
     ids: str | None = None
@@ -58,39 +58,39 @@ def _patches(size: torch.Size, patch: tuple[int, int, int], frames_at: int = 2) 
     return frames // patch[0], height // patch[1], width // patch[2]
 
 
-def _triple(module: torch.nn.Module, arguments: Arguments) -> Dims:
+def _triple(module: Any, arguments: Arguments) -> Dims:
     """``[B, C, F, H, W]`` with ``config.patch_size`` a triple (Wan, SkyReels-V2, Cosmos)."""
     return _patches(arguments["hidden_states"].shape, tuple(module.config.patch_size))
 
 
-def _hunyuan(module: torch.nn.Module, arguments: Arguments) -> Dims:
+def _hunyuan(module: Any, arguments: Arguments) -> Dims:
     """``[B, C, F, H, W]`` with ``patch_size_t`` and ``patch_size``."""
     p = module.config.patch_size
     return _patches(arguments["hidden_states"].shape, (module.config.patch_size_t, p, p))
 
 
-def _cogvideox(module: torch.nn.Module, arguments: Arguments) -> Dims:
+def _cogvideox(module: Any, arguments: Arguments) -> Dims:
     """``[B, F, C, H, W]``; CogVideoX 1.5 also patches frames."""
     p = module.config.patch_size
     return _patches(arguments["hidden_states"].shape, (module.config.patch_size_t or 1, p, p), frames_at=1)
 
 
-def _mochi(module: torch.nn.Module, arguments: Arguments) -> Dims:
+def _mochi(module: Any, arguments: Arguments) -> Dims:
     """``[B, C, F, H, W]``, frames not patched."""
     p = module.config.patch_size
     return _patches(arguments["hidden_states"].shape, (1, p, p))
 
 
-def _ltx(module: torch.nn.Module, arguments: Arguments) -> Dims | None:
+def _ltx(module: Any, arguments: Arguments) -> Dims | None:
     """Packed ``[B, S, C]``; the sizes of the latent lattice come as arguments (absent with ``video_coords``)."""
-    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
-    if any(size is None for size in sizes):
+    frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+    if frames is None or height is None or width is None:
         return None
     p, p_t = module.config.patch_size, module.config.patch_size_t
-    return int(sizes[0]) // p_t, int(sizes[1]) // p, int(sizes[2]) // p
+    return frames // p_t, height // p, width // p
 
 
-def _from_ids(module: torch.nn.Module, arguments: Arguments) -> None:
+def _from_ids(module: Any, arguments: Arguments) -> None:
     """The lattice comes from token coordinates; see :func:`dims_from_ids`."""
     return None
 

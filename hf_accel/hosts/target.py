@@ -52,14 +52,14 @@ class Target:
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The network inside ``torch.compile`` and peft wrappers: the instance that is really called."""
-    seen: set[int] = set()
-    while id(module) not in seen:
-        seen.add(id(module))
-        if hasattr(module, "_orig_mod"):
-            module = module._orig_mod
-        elif _is_a(module, "peft", "PeftModel"):
-            module = module.get_base_model()
-    return module
+    inner: Any = module
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif _is_a(inner, "peft", "PeftModel"):
+            inner = inner.get_base_model()
+        else:
+            return inner
 
 
 def resolve(obj: Any) -> Target:

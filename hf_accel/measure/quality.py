@@ -27,4 +27,5 @@ def ssim(video: torch.Tensor, reference: torch.Tensor) -> float:
     """Structural similarity, mean over frames; 1 for equal videos. Arguments as :func:`psnr`."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    return float(structural_similarity_index_measure(_images(video), _images(reference), data_range=1.0))
+    index = structural_similarity_index_measure(_images(video), _images(reference), data_range=1.0)
+    return float(index[0] if isinstance(index, tuple) else index)

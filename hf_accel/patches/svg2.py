@@ -33,6 +33,7 @@ from hf_accel.attention.layout import density
 from hf_accel.attention.selectors import centroid_map, top_p
 from hf_accel.config import Config, setting
 from hf_accel.kernels.kmeans import KMeansResult, kmeans
+from hf_accel.kernels.permute import gather_rows
 from hf_accel.kernels.variable_block_attention import backend_for, variable_block_attention
 from hf_accel.method import AttentionMethod, Facts
 from hf_accel.registry import register
@@ -84,23 +85,18 @@ class SVG2(AttentionMethod):
 
     def observe(self, call: AttentionCall, state: Centroids) -> None:
         if self.config.zero_step_kmeans_init:
-            self._cluster(call, state)
+            self.cluster(call, state)
 
     def attend(self, call: AttentionCall, state: Centroids) -> torch.Tensor:
         try:
             valid = call.key_validity()
         except ValueError as error:
             return call.fallback(str(error))
-        if valid is not None and call.grid.text == "none":
+        if valid is not None and (call.grid is None or call.grid.text == "none"):
             return call.fallback("a mask over video tokens")
-        settings = self.config
-        query, key = self._cluster(call, state)
-
-        # Eq. 3-5: the map between centroids, and the key clusters that hold top_p of each row's mass
-        estimate = centroid_map(query.centroids, key.centroids, key.sizes, call.scale)
-        keep = top_p(estimate, settings.top_p, int(settings.min_kc_ratio * key.sizes.shape[-1]))
-
-        start, stop = call.grid.video_span(call.query.shape[2])
+        query, key = self.cluster(call, state)
+        keep = self.select(self.estimate(call, query, key))
+        start, stop = video_span(call)
         query_order, query_sizes = with_text(query, start, stop, call.query.shape[2], None)
         key_order, key_sizes = with_text(key, start, stop, call.key.shape[2], valid)
         keep = torch.nn.functional.pad(
@@ -110,20 +106,30 @@ class SVG2(AttentionMethod):
         )
 
         heads = call.query.shape[1]
+        both = (expand_heads(call.key, heads), expand_heads(call.value, heads))
+        sorted_key, sorted_value = gather_rows(both, key_order, backend=self.config.backend)
+        # Queries are gathered and outputs scattered inside the kernel: each is touched once.
         out, _ = variable_block_attention(
-            call.query, expand_heads(call.key, heads), expand_heads(call.value, heads),
-            keep, query_sizes, key_sizes,
-            scale=call.scale, query_order=query_order, key_order=key_order, backend=settings.backend,
+            call.query, sorted_key, sorted_value, keep, query_sizes, key_sizes,
+            scale=call.scale, query_order=query_order, backend=self.config.backend,
         )  # fmt: skip
-        choice = backend_for(call.query, settings.backend)
+        choice = backend_for(call.query, self.config.backend)
         call.record_kernel("variable_block_attention", choice.backend, choice.reason)
         call.record_density(density(keep, query_sizes, key_sizes))
         return out
 
-    def _cluster(self, call: AttentionCall, state: Centroids) -> tuple[KMeansResult, KMeansResult]:
+    def estimate(self, call: AttentionCall, query: KMeansResult, key: KMeansResult) -> torch.Tensor:
+        """Estimated attention mass between clusters ``[B, H, Cq, Ck]`` from centroids, key sizes as weights."""
+        return centroid_map(query.centroids, key.centroids, key.sizes, call.scale)
+
+    def select(self, estimate: torch.Tensor) -> torch.Tensor:
+        """Bool ``[B, H, Cq, Ck]``: the fewest key clusters that hold ``top_p`` of each row's estimated mass."""
+        return top_p(estimate, self.config.top_p, int(self.config.min_kc_ratio * estimate.shape[-1]))
+
+    def cluster(self, call: AttentionCall, state: Centroids) -> tuple[KMeansResult, KMeansResult]:
         """Cluster the video tokens of a call from the state's centroids, and keep the new ones."""
         settings = self.config
-        start, stop = call.grid.video_span(call.query.shape[2])
+        start, stop = video_span(call)
         tokens = stop - start
         generator = None
         if state.query is None:
@@ -142,6 +148,12 @@ class SVG2(AttentionMethod):
         ]  # fmt: skip
         state.query, state.key = results[0].centroids, results[1].centroids
         return results[0], results[1]
+
+
+def video_span(call: AttentionCall) -> tuple[int, int]:
+    """First and last-plus-one video token; the runner has checked that the grid fits the sequence."""
+    span = call.grid.video_span(call.query.shape[2]) if call.grid is not None else None
+    return span if span is not None else (0, call.query.shape[2])
 
 
 def expand_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
