@@ -2,9 +2,9 @@
 
 **Assign** (the idea is FlashAssign of Flash-KMeans, arXiv 2603.09229): a program holds a tile of tokens and
 streams the centroids past it, so the N x K matrix of distances is never stored. ``argmin ||x - c||^2`` is
-``argmax x.c - ||c||^2 / 2``. The running best is kept *per column of the tile* (one compare, two selects per
-score) and reduced over columns once, after the last tile: a reduction per tile would cost as much as the
-matrix product. Work: 2 N K D FLOP; bytes: x once, the centroids stay in L2.
+``argmax x.c - ||c||^2 / 2``. Beside the matrix product every score costs four instructions (subtract, compare,
+two selects), which is the second bound at D = 128 and the first at D = 64; so threads fold only the columns
+they own, and lanes meet once, after the last tile. Work: 2 N K D FLOP; bytes: x once, centroids from L2.
 
 **Means**: tokens arrive sorted by label, so a cluster is a run of rows. One program sums a whole cluster of
 up to ``LARGE`` rows; the rows of larger clusters are summed by chunks of ``CHUNK`` sorted positions, and a
@@ -24,8 +24,12 @@ from hf_accel.kernels.permute.triton import on_device_of
 
 CHUNK = 512
 LARGE = 1024  # at least CHUNK: then a chunk touches at most two large clusters
+_PACK_ROWS = 32
 _MEAN_ELEMENTS = 8192  # rows x head dim that a program of the means holds in registers
-_NORM_BLOCK = 32
+PADDING = 256  # packed centroids: a multiple of every BLOCK_K
+# Columns of the running best. In every tensor-core layout a thread owns the same columns of each group of 8, so
+# that groups fold into one another without leaving its registers.
+LANES = tl.constexpr(8)
 
 
 @dataclass(frozen=True)
@@ -42,34 +46,72 @@ def assign_tiles(cc: int, head_dim: int, dtype: torch.dtype, num_clusters: int) 
     """The tile for compute capability ``cc`` (80, 90, ...). A table: tuning would stall the first steps."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:  # no tensor cores: exact fp32 products, and the rows are twice as long
-        return AssignTiles(64 if block_d <= 64 else 32, 32, 4, 1)
-    if cc in (90, 100, 103):
-        if block_d <= 128:
-            return AssignTiles(128, 64, 4, 2)
-        return AssignTiles(128, 64, 8, 2)
-    if block_d <= 128:
-        return AssignTiles(128, 32, 4, 2)
-    return AssignTiles(64, 32, 4, 2)
+        return AssignTiles(64 if head_dim <= 64 else 32, 32, 4, 1)
+    if head_dim > 128:
+        return AssignTiles(128, 64, 8, 2) if cc in (90, 100, 103) else AssignTiles(64, 32, 4, 2)
+    if cc == 90:
+        # Wide tiles of centroids spare shared memory (each wgmma reads both operands from it), tall tiles of
+        # tokens spare L2; both fill an SM with two programs of 128 registers a thread. Wide ones only where
+        # rounding K up to 128 wastes little: K=1000, but not K=300.
+        wide = -num_clusters % 128 <= num_clusters // 10
+        return AssignTiles(128, 128, 8, 2) if wide else AssignTiles(256, 64, 8, 2)
+    if cc in (100, 103):
+        return AssignTiles(128, 64, 4, 2)
+    return AssignTiles(128, 64, 8, 2)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _half_norms_kernel(Centroids, HalfNorms, rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, BLOCK_D)
-    mask = (row < rows)[:, None] & (column < D)[None, :]
-    c = tl.load(Centroids + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(HalfNorms + row, 0.5 * tl.sum(c * c, axis=1), mask=row < rows)
+@triton.jit(do_not_specialize=["K"])
+def _pack_kernel(
+    Centroids,
+    Packed,
+    HalfNorms,
+    K,
+    padded,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Centroids with zeros up to ``padded`` rows and BLOCK_D columns, and ``||c||^2 / 2``, +inf in the padding.
+
+    So the assign kernel needs no mask on centroids: no score of the padding can win.
+    """
+    group = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    mask = (row < K)[:, None] & (d < D)[None, :]
+    c = tl.load(Centroids + group * K * D + row[:, None] * D + d[None, :], mask=mask, other=0.0)
+    tl.store(Packed + (group * padded + row[:, None]) * BLOCK_D + d[None, :], c)
+    c = c.to(tl.float32)
+    half_norm = tl.where(row < K, 0.5 * tl.sum(c * c, axis=1), float("inf"))
+    tl.store(HalfNorms + group * padded + row, half_norm)
+
+
+@triton.jit
+def _fold_columns(score, at, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """Maximum of the columns of each residue modulo LANES, with ``at`` of the lowest that attains it."""
+    if WIDTH == LANES:
+        return score, at
+    else:
+        shape: tl.constexpr = [BLOCK_N, WIDTH // (2 * LANES), 2, LANES]
+        low, high = tl.split(tl.permute(tl.reshape(score, shape), (0, 1, 3, 2)))
+        low_at, high_at = tl.split(tl.permute(tl.reshape(at, shape), (0, 1, 3, 2)))
+        better = high > low
+        half: tl.constexpr = [BLOCK_N, WIDTH // 2]
+        score = tl.reshape(tl.where(better, high, low), half)
+        at = tl.reshape(tl.where(better, high_at, low_at), half)
+        return _fold_columns(score, at, BLOCK_N, WIDTH // 2, LANES)
 
 
 @triton.jit(do_not_specialize=["H", "N", "K"])
 def _assign_kernel(
     X,
-    Centroids,
+    Packed,
     HalfNorms,
     Labels,
     H,
     N,
     K,
+    padded,
     stride_xb,
     stride_xh,
     stride_xn,
@@ -80,28 +122,29 @@ def _assign_kernel(
 ):
     group = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(
         X + (group // H) * stride_xb + (group % H) * stride_xh + token.to(tl.int64)[:, None] * stride_xn + d[None, :],
         mask=(token < N)[:, None] & (d < D)[None, :],
         other=0.0,
     )
-    best = tl.full([BLOCK_N, BLOCK_K], float("-inf"), tl.float32)
-    best_start = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
-    centroids = Centroids + group * K * D + column[None, :] * D + d[:, None]
-    half_norms = HalfNorms + group * K + column
+    column = tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, LANES)
+    packed = Packed + group * padded * BLOCK_D + column[None, :] * BLOCK_D + d[:, None]
+    half_norms = HalfNorms + group * padded + column
+    first_of_lanes = tl.zeros([BLOCK_N, BLOCK_K], tl.int32) + (column // LANES * LANES)[None, :]
+    best = tl.full([BLOCK_N, LANES], float("-inf"), tl.float32)
+    best_at = tl.zeros([BLOCK_N, LANES], tl.int32)
     for start in range(0, K, BLOCK_K):
-        inside = start + column < K
-        c = tl.load(centroids + start * D, mask=inside[None, :] & (d < D)[:, None], other=0.0)
-        half_norm = tl.load(half_norms + start, mask=inside, other=float("inf"))
-        score = tl.dot(x, c, input_precision="ieee") - half_norm[None, :]
+        c = tl.load(packed + start * BLOCK_D)
+        score = tl.dot(x, c, input_precision="ieee") - tl.load(half_norms + start)[None, :]
+        score, at = _fold_columns(score, first_of_lanes, BLOCK_N, BLOCK_K, LANES)
         better = score > best
         best = tl.where(better, score, best)
-        best_start = tl.where(better, start, best_start)
-    # Of equal scores the lowest centroid wins: in a column by the strict comparison, across columns here.
+        best_at = tl.where(better, at + start, best_at)
+    # Of equal scores the lowest centroid wins: within a lane by the strict comparisons, across lanes here.
     top = tl.max(best, axis=1)
-    label = tl.min(tl.where(best == top[:, None], best_start + column[None, :], 2147483647), axis=1)
+    label = tl.min(tl.where(best == top[:, None], best_at + lane[None, :], 2147483647), axis=1)
     tl.store(Labels + group * N + token, label, mask=token < N)
 
 
@@ -236,26 +279,31 @@ def assign(x: torch.Tensor, centroids: torch.Tensor, tiles: AssignTiles | None =
     if labels.numel() == 0:
         return labels
     tiles = tiles or assign_tiles(_capability(x), head_dim, x.dtype, num_clusters)
-    half_norms = torch.empty(batch, heads, num_clusters, dtype=torch.float32, device=x.device)
+    groups, padded = batch * heads, triton.cdiv(num_clusters, PADDING) * PADDING
     block_d = _block_d(head_dim)
+    packed = torch.empty(groups, padded, block_d, dtype=x.dtype, device=x.device)
+    half_norms = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        _half_norms_kernel[(triton.cdiv(half_norms.numel(), _NORM_BLOCK),)](
+        _pack_kernel[(padded // _PACK_ROWS, groups)](
             centroids,
+            packed,
             half_norms,
-            half_norms.numel(),
+            num_clusters,
+            padded,
             D=head_dim,
-            BLOCK=_NORM_BLOCK,
+            BLOCK=_PACK_ROWS,
             BLOCK_D=block_d,
             num_warps=4,
         )
-        _assign_kernel[(triton.cdiv(length, tiles.block_n), batch * heads)](
+        _assign_kernel[(triton.cdiv(length, tiles.block_n), groups)](
             x,
-            centroids,
+            packed,
             half_norms,
             labels,
             heads,
             length,
             num_clusters,
+            padded,
             *x.stride()[:3],
             D=head_dim,
             BLOCK_N=tiles.block_n,
@@ -322,13 +370,13 @@ def aot_cases(cc: int) -> list[AotCase]:
     strides = {name: "i32" for name in ("stride_xb", "stride_xh", "stride_xn")}
     cases = [
         AotCase(
-            "half_norms",
-            _half_norms_kernel,
-            {"Centroids": "*bf16", "HalfNorms": "*fp32", "rows": "i32"}
+            "pack/bf16/d80",
+            _pack_kernel,
+            {"Centroids": "*bf16", "Packed": "*bf16", "HalfNorms": "*fp32", "K": "i32", "padded": "i32"}
             | dict.fromkeys(("D", "BLOCK", "BLOCK_D"), "constexpr"),
-            {"D": 128, "BLOCK": _NORM_BLOCK, "BLOCK_D": 128},
+            {"D": 80, "BLOCK": _PACK_ROWS, "BLOCK_D": 128},
             num_warps=4,
-            aligned=("Centroids", "HalfNorms"),
+            aligned=("Centroids", "Packed", "HalfNorms", "padded"),
         )
     ]
     for dtype, name, head_dim, num_clusters in [
@@ -345,16 +393,17 @@ def aot_cases(cc: int) -> list[AotCase]:
             "BLOCK_K": tiles.block_k,
             "BLOCK_D": _block_d(head_dim),
         }
-        pointers = {"X": f"*{name}", "Centroids": f"*{name}", "HalfNorms": "*fp32", "Labels": "*i32"}
+        numbers = dict.fromkeys(("H", "N", "K", "padded"), "i32")
+        pointers = {"X": f"*{name}", "Packed": f"*{name}", "HalfNorms": "*fp32", "Labels": "*i32"}
         cases.append(
             AotCase(
                 f"assign/{name}/d{head_dim}/k{num_clusters}",
                 _assign_kernel,
-                pointers | dict.fromkeys(("H", "N", "K"), "i32") | strides | dict.fromkeys(constants, "constexpr"),
+                pointers | numbers | strides | dict.fromkeys(constants, "constexpr"),
                 constants,
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
-                aligned=(*pointers, *strides),
+                aligned=(*pointers, "padded", *strides),
             )
         )
     run = {"Labels": "*i32", "Order": "*i32", "Starts": "*i32", "Sizes": "*i32"}
