@@ -57,34 +57,42 @@ def block_sparse_attention(
 def _one_head(query, key, value, index, counts, block_size, scale, valid, out, lse) -> None:
     """Fill ``out`` ``[Sq, D]`` and ``lse`` ``[Sq]`` for one head."""
     query_block, key_block = block_size
-    num_queries, num_keys = query.shape[0], key.shape[0]
-    key, value = key.contiguous(), value.contiguous()
-    ragged_keys = num_keys % key_block
-    full_queries = num_queries // query_block
-    in_block = torch.arange(key_block, device=key.device)
-    # Query blocks by the number of key rows they keep: those with equal numbers stack into one batch.
-    groups: dict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-    for block, count in enumerate(counts):
-        ids = index[block, :count].sort().values.long()  # the ragged block comes last
-        rows = (ids[:, None] * key_block + in_block).reshape(-1)
-        if ragged_keys and count and int(ids[-1]) == num_keys // key_block:
-            rows = rows[: rows.numel() - (key_block - ragged_keys)]
-        if valid is not None:
-            rows = rows[valid[rows]]
-        if rows.numel():
-            # A ragged last query block is a batch of its own.
-            groups[rows.numel() if block < full_queries else -1].append((block, rows))
-    bytes_per_row = 2 * key.shape[1] * key.element_size()
-    for members in groups.values():
-        step = max(1, GATHER_BYTES // (bytes_per_row * members[0][1].numel()))
+    num_keys, head_dim = key.shape
+    last_block = -(-num_keys // key_block) - 1
+    surplus = (last_block + 1) * key_block - num_keys
+    # Whole blocks are copied, which is a few times faster than a gather row by row.
+    key_blocks, value_blocks = (
+        torch.nn.functional.pad(x, (0, 0, 0, surplus)).view(-1, key_block * head_dim) if surplus
+        else x.contiguous().view(-1, key_block * head_dim)
+        for x in (key, value)
+    )  # fmt: skip
+    # Query blocks that keep the same number of key rows stack into one batch; a ragged last one stands alone.
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    ids_of = [ids[:count].sort().values for ids, count in zip(index, counts, strict=True)]
+    for block, ids in enumerate(ids_of):
+        if ids.numel():
+            # The ids ascend: only the last can be the ragged block.
+            kept = ids.numel() * key_block - (surplus if int(ids[-1]) == last_block else 0)
+            queries = min(query_block, query.shape[0] - block * query_block)
+            groups[kept, queries].append(block)
+    bytes_per_row = 2 * head_dim * key.element_size()
+    for (kept, queries), members in groups.items():
+        # A mask makes the number of keys differ from block to block.
+        step = 1 if valid is not None else max(1, GATHER_BYTES // (bytes_per_row * kept))
         for i in range(0, len(members), step):
             chunk = members[i : i + step]
-            rows = torch.stack([rows for _, rows in chunk])
-            places = [slice(block * query_block, (block + 1) * query_block) for block, _ in chunk]
-            shape = (len(chunk), 1, -1, key.shape[1])
-            kept_key, kept_value = (x.index_select(0, rows.view(-1)).view(shape) for x in (key, value))
-            queries = torch.stack([query[place] for place in places])[:, None]
-            chunk_out, chunk_lse = attention_with_lse(queries, kept_key, kept_value, scale)
+            ids = torch.cat([ids_of[block] for block in chunk])
+            shape = (len(chunk), 1, -1, head_dim)
+            kept_key, kept_value = (x.index_select(0, ids).view(shape)[:, :, :kept] for x in (key_blocks, value_blocks))
+            if valid is not None:
+                rows = (ids[:, None] * key_block + torch.arange(key_block, device=ids.device)).view(-1)[:kept]
+                valid_rows = valid[rows.long()].nonzero().squeeze(1)
+                if not valid_rows.numel():
+                    continue
+                kept_key, kept_value = kept_key[:, :, valid_rows], kept_value[:, :, valid_rows]
+            places = [slice(block * query_block, block * query_block + queries) for block in chunk]
+            stacked = torch.stack([query[place] for place in places])[:, None]
+            chunk_out, chunk_lse = attention_with_lse(stacked, kept_key, kept_value, scale)
             for j, place in enumerate(places):
                 out[place], lse[place] = chunk_out[j, 0], chunk_lse[j, 0]
 

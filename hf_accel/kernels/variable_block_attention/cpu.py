@@ -27,36 +27,46 @@ def variable_block_attention(
     num_keys = key.shape[2]
     _check_sum("query_sizes", query_sizes, num_queries)
     _check_sum("key_sizes", key_sizes, num_keys)
-    out = torch.empty_like(query).zero_()
-    lse = query.new_full((batch, heads, num_queries), float("-inf"), dtype=torch.float32)
-    ends_of_queries = query_sizes.long().cumsum(-1).tolist()
+    out = torch.empty_like(query)
+    lse = query.new_empty((batch, heads, num_queries), dtype=torch.float32)
     for b in range(batch):
         for h in range(heads):
-            # One copy of a strided head costs less than strided reads for every query block that keeps its
-            # rows.
-            head_key, head_value = key[b, h].contiguous(), value[b, h].contiguous()
-            head_query = query[b, h] if query_order is None else query[b, h].index_select(0, query_order[b, h])
-            sizes = key_sizes[b, h].long()
-            kept = block_map[b, h].repeat_interleave(sizes, dim=1)  # [Cq, rows]
-            start = 0
-            for block, end in enumerate(ends_of_queries[b][h]):
-                rows = kept[block].nonzero().squeeze(1) if end > start else sizes[:0]
-                if rows.numel():
-                    if key_order is not None:
-                        rows = key_order[b, h].index_select(0, rows)
-                    block_out, block_lse = attention_with_lse(
-                        head_query[None, None, start:end],
-                        head_key.index_select(0, rows)[None, None],
-                        head_value.index_select(0, rows)[None, None],
-                        scale,
-                    )
-                    if query_order is None:
-                        out[b, h, start:end], lse[b, h, start:end] = block_out[0, 0], block_lse[0, 0]
-                    else:
-                        places = query_order[b, h, start:end]
-                        out[b, h].index_copy_(0, places.long(), block_out[0, 0])
-                        lse[b, h].index_copy_(0, places.long(), block_lse[0, 0])
-                start = end
+            rows = [query[b, h], key[b, h], value[b, h]]
+            for i, order in enumerate((query_order, key_order, key_order)):
+                if order is not None:
+                    rows[i] = rows[i].index_select(0, order[b, h])
+            head_out, head_lse = _one_head(*rows, block_map[b, h], query_sizes[b, h], key_sizes[b, h], scale)
+            if query_order is None:
+                out[b, h], lse[b, h] = head_out, head_lse
+            else:
+                places = query_order[b, h].long()
+                out[b, h].index_copy_(0, places, head_out)
+                lse[b, h].index_copy_(0, places, head_lse)
+    return out, lse
+
+
+def _one_head(query, key, value, block_map, query_sizes, key_sizes, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out`` ``[Sq, D]`` and ``lse`` ``[Sq]`` of sorted rows."""
+    out = query.new_zeros(query.shape)
+    lse = query.new_full(query.shape[:1], float("-inf"), dtype=torch.float32)
+    counts = key_sizes.tolist()
+    owned = sum(counts)
+    # Whole clusters are copied, which is a few times faster than a gather row by row. One copy of a strided head
+    # costs less than strided reads for every query block that keeps its rows.
+    keys, values = (x[:owned].contiguous().split(counts) for x in (key, value))
+    start = 0
+    for size, keep in zip(query_sizes.tolist(), block_map.tolist(), strict=True):
+        end = start + size
+        kept = [j for j, count in enumerate(counts) if keep[j] and count]
+        if size and kept:
+            block_out, block_lse = attention_with_lse(
+                query[None, None, start:end],
+                torch.cat([keys[j] for j in kept])[None, None],
+                torch.cat([values[j] for j in kept])[None, None],
+                scale,
+            )
+            out[start:end], lse[start:end] = block_out[0, 0], block_lse[0, 0]
+        start = end
     return out, lse
 
 
