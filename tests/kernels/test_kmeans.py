@@ -48,6 +48,17 @@ def test_assign_finds_the_nearest(backend, dtype, length, num_clusters, head_dim
     assert_nearest(labels, x, centroids)
 
 
+@pytest.mark.parametrize("tile", [(16, 16), (64, 32), (32, 128), (16, 256)], ids=str)
+@pytest.mark.parametrize("num_clusters", [3, 100, 128, 300])
+def test_assign_with_every_width_of_tile(tile, num_clusters, device):
+    from hf_accel.kernels.kmeans import triton as kernels
+    from hf_accel.kernels.tile import Tile
+
+    x = points(1, 1, 70, 32, dtype=torch.float16, device=device)
+    centroids = points(1, 1, num_clusters, 32, dtype=torch.float16, device=device, seed=1)
+    assert_nearest(kernels.assign(x, centroids, tile=Tile(*tile, num_warps=4, num_stages=2)), x, centroids)
+
+
 def test_assign_in_bf16_on_the_cpu():
     x, centroids = (
         points(1, 2, 1000, 64, dtype=torch.bfloat16),

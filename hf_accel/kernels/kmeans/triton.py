@@ -13,14 +13,13 @@ second kernel adds the chunks. Every sum has a fixed order: two runs are bit-equ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase
 from hf_accel.kernels.permute.triton import on_device_of
+from hf_accel.kernels.tile import Tile, compute_capability
 
 CHUNK = 512
 LARGE = 1024  # at least CHUNK: then a chunk touches at most two large clusters
@@ -32,32 +31,24 @@ PADDING = 256  # packed centroids: a multiple of every BLOCK_K
 LANES = tl.constexpr(8)
 
 
-@dataclass(frozen=True)
-class AssignTiles:
-    """Tile of the assign kernel: tokens x centroids per step, warps, stages of the centroid loads."""
+def assign_tile(cc: int, head_dim: int, dtype: torch.dtype, num_clusters: int) -> Tile:
+    """``m`` tokens by ``n`` centroids for compute capability ``cc`` (0 in the interpreter).
 
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-def assign_tiles(cc: int, head_dim: int, dtype: torch.dtype, num_clusters: int) -> AssignTiles:
-    """The tile for compute capability ``cc`` (80, 90, ...). A table: tuning would stall the first steps."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    A table: tuning on the first call would stall a denoising loop.
+    """
     if dtype == torch.float32:  # no tensor cores: exact fp32 products, and the rows are twice as long
-        return AssignTiles(64 if head_dim <= 64 else 32, 32, 4, 1)
+        return Tile(32, 32, 4, 1)
     if head_dim > 128:
-        return AssignTiles(128, 64, 8, 2) if cc in (90, 100, 103) else AssignTiles(64, 32, 4, 2)
+        return Tile(128, 64, 8, 2) if cc in (90, 100, 103) else Tile(64, 32, 4, 2)
     if cc == 90:
         # Wide tiles of centroids spare shared memory (each wgmma reads both operands from it), tall tiles of
         # tokens spare L2; both fill an SM with two programs of 128 registers a thread. Wide ones only where
         # rounding K up to 128 wastes little: K=1000, but not K=300.
         wide = -num_clusters % 128 <= num_clusters // 10
-        return AssignTiles(128, 128, 8, 2) if wide else AssignTiles(256, 64, 8, 2)
+        return Tile(128, 128, 8, 2, max_registers=128) if wide else Tile(256, 64, 8, 2, max_registers=128)
     if cc in (100, 103):
-        return AssignTiles(128, 64, 4, 2)
-    return AssignTiles(128, 64, 8, 2)
+        return Tile(128, 64, 4, 2)
+    return Tile(128, 64, 8, 2)
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -255,13 +246,6 @@ def _large_means_kernel(
         tl.store(cell, mean.to(Centroids.dtype.element_ty), mask=d < D)
 
 
-def _capability(tensor: torch.Tensor) -> int:
-    if not tensor.is_cuda:
-        return 90
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
-
-
 def _block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
@@ -270,7 +254,7 @@ def _innermost_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def assign(x: torch.Tensor, centroids: torch.Tensor, tiles: AssignTiles | None = None) -> torch.Tensor:
+def assign(x: torch.Tensor, centroids: torch.Tensor, tile: Tile | None = None) -> torch.Tensor:
     """``x`` ``[B, H, N, D]``, ``centroids`` ``[B, H, K, D]`` -> labels int32 ``[B, H, N]``."""
     x, centroids = _innermost_contiguous(x), centroids.contiguous()
     batch, heads, length, head_dim = x.shape
@@ -278,7 +262,7 @@ def assign(x: torch.Tensor, centroids: torch.Tensor, tiles: AssignTiles | None =
     labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x.device)
     if labels.numel() == 0:
         return labels
-    tiles = tiles or assign_tiles(_capability(x), head_dim, x.dtype, num_clusters)
+    tile = tile or assign_tile(compute_capability(x), head_dim, x.dtype, num_clusters)
     groups, padded = batch * heads, triton.cdiv(num_clusters, PADDING) * PADDING
     block_d = _block_d(head_dim)
     packed = torch.empty(groups, padded, block_d, dtype=x.dtype, device=x.device)
@@ -294,8 +278,9 @@ def assign(x: torch.Tensor, centroids: torch.Tensor, tiles: AssignTiles | None =
             BLOCK=_PACK_ROWS,
             BLOCK_D=block_d,
             num_warps=4,
+            enable_fp_fusion=True,
         )
-        _assign_kernel[(triton.cdiv(length, tiles.block_n), groups)](
+        _assign_kernel[(triton.cdiv(length, tile.m), groups)](
             x,
             packed,
             half_norms,
@@ -306,11 +291,13 @@ def assign(x: torch.Tensor, centroids: torch.Tensor, tiles: AssignTiles | None =
             padded,
             *x.stride()[:3],
             D=head_dim,
-            BLOCK_N=tiles.block_n,
-            BLOCK_K=tiles.block_k,
+            BLOCK_N=tile.m,
+            BLOCK_K=tile.n,
             BLOCK_D=block_d,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
+            enable_fp_fusion=True,
         )
     return labels
 
@@ -346,6 +333,7 @@ def means(
             *x.stride()[:3],
             BLOCK=max(16, _MEAN_ELEMENTS // block_d),
             num_warps=4,
+            enable_fp_fusion=True,
             **constants,
         )
         if length > LARGE:  # else no cluster can be large
@@ -360,6 +348,7 @@ def means(
                 num_clusters,
                 BLOCK=max(16, _MEAN_ELEMENTS // block_d),
                 num_warps=4,
+                enable_fp_fusion=True,
                 **constants,
             )
     return centroids
@@ -386,11 +375,11 @@ def aot_cases(cc: int) -> list[AotCase]:
         (torch.bfloat16, "bf16", 192, 1000),
         (torch.float32, "fp32", 128, 1000),
     ]:
-        tiles = assign_tiles(cc, head_dim, dtype, num_clusters)
+        tile = assign_tile(cc, head_dim, dtype, num_clusters)
         constants = {
             "D": head_dim,
-            "BLOCK_N": tiles.block_n,
-            "BLOCK_K": tiles.block_k,
+            "BLOCK_N": tile.m,
+            "BLOCK_K": tile.n,
             "BLOCK_D": _block_d(head_dim),
         }
         numbers = dict.fromkeys(("H", "N", "K", "padded"), "i32")
@@ -401,8 +390,8 @@ def aot_cases(cc: int) -> list[AotCase]:
                 _assign_kernel,
                 pointers | numbers | strides | dict.fromkeys(constants, "constexpr"),
                 constants,
-                num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
                 aligned=(*pointers, "padded", *strides),
             )
         )
