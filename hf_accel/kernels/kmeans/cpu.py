@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 from hf_accel.kernels.permute.cpu import row_table
 
-# So many scores are made at a time: they stay in the cache until the maximum has read them.
-_SCORE_ELEMENTS = 1 << 18
+# So many scores are made at a time. Few large steps: each is two parallel regions, which on a loaded CPU wait
+# for the slowest thread, and smaller ones gain nothing on an idle one.
+_SCORE_ELEMENTS = 1 << 23
 _SCORE_ELEMENTS_GPU = 1 << 27
 # BLAS has other kernels for odd last columns, which round otherwise: equal centroids would get unequal scores.
 _COLUMNS = 16
@@ -20,18 +21,17 @@ def assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x.device)
     num_clusters = centroids.shape[2]
     elements = _SCORE_ELEMENTS if x.device.type == "cpu" else _SCORE_ELEMENTS_GPU
-    chunk = max(512, elements // num_clusters)
-    padding = -num_clusters % _COLUMNS
+    chunk = max(512, elements // (heads * num_clusters))
+    # Copies of centroid 0 fill up the columns: they tie with it, and the lower index wins.
+    padding = centroids[:, :, :1].expand(-1, -1, -num_clusters % _COLUMNS, -1)
+    centers = torch.cat([centroids, padding], 2).float()
+    bias = -0.5 * centers.square().sum(-1)[:, :, None]
     for b in range(batch):
-        for h in range(heads):
-            # Copies of centroid 0 fill up the columns: they tie with it, and the lower index wins.
-            centers = torch.cat([centroids[b, h], centroids[b, h, :1].expand(padding, -1)]).float()
-            bias = -0.5 * centers.square().sum(-1)
-            for start in range(0, length, chunk):
-                # Contiguous, so that the strides of x do not choose the BLAS kernel either.
-                points = x[b, h, start : start + chunk].float().contiguous()
-                # max and not argmax: on a CPU torch finds both faster than the index alone.
-                labels[b, h, start : start + chunk] = torch.addmm(bias, points, centers.mT).max(-1).indices
+        for start in range(0, length, chunk):
+            points = x[b, :, start : start + chunk].float()
+            scores = torch.baddbmm(bias[b], points, centers[b].mT)
+            # max and not argmax: on a CPU torch finds both faster than the index alone.
+            labels[b, :, start : start + chunk] = scores.max(-1).indices
     return labels
 
 
