@@ -7,16 +7,18 @@
 
     pipe = WanPipeline.from_pretrained(zoo.path("mini-wan"))
 
-Importing this module reads nothing and imports nothing heavy. How a miniature was trained is under `training/`.
+Importing this module reads nothing and imports nothing heavy. How a miniature is trained is under `training/`; a
+recipe whose weights are not in the package is not in :func:`names`.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ..errors import InvalidSetting
 
-__all__ = ["names", "path"]
+__all__ = ["heldout", "names", "path"]
 
 _ROOT = Path(__file__).parent
 
@@ -33,5 +35,19 @@ def path(name: str) -> Path:
     """
     known = names()
     if name not in known:
-        raise InvalidSetting("hf_accel.zoo.path", "name", name, f"one of {', '.join(map(repr, known)) or 'none'}")
+        missing = "the name of a shipped miniature, of which there is none (docs/zoo.md says how to train one)"
+        allowed = f"one of {', '.join(map(repr, known))}" if known else missing
+        raise InvalidSetting("hf_accel.zoo.path", "name", name, allowed)
     return _ROOT / name
+
+
+def heldout(name: str) -> list[dict]:
+    """The held-out set of the miniature `name`: dicts with `prompt` (str), `seed` (int) and what to look for.
+
+    Training never shows the first two shapes of such a prompt together. The set comes with the recipe, so it is
+    there before weights are. Raises InvalidSetting (a ValueError) for a name without a recipe.
+    """
+    files = {file.parent.name.replace("_", "-"): file for file in _ROOT.glob("training/*/heldout.json")}
+    if name not in files:
+        raise InvalidSetting("hf_accel.zoo.heldout", "name", name, f"one of {', '.join(map(repr, sorted(files)))}")
+    return json.loads(files[name].read_text())

@@ -78,25 +78,29 @@ def assemble(checkpoint: Path, size: parts.Size) -> Any:
     )
 
 
+def write(pipe: Any, folder: Path) -> None:
+    """Save `pipe` to `folder` in fp16, replacing what is there. Converts the modules of `pipe` in place."""
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.half()
+    if folder.exists():
+        shutil.rmtree(folder)
+    pipe.save_pretrained(folder)
+    # diffusers loads in fp32 whatever the files hold; transformers loads in what the config says
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for file in folder.rglob("*"):  # safetensors writes its files for the owner alone
+        if file.is_file():
+            file.chmod(0o644)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="replaced if it exists")
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
-    pipe = assemble(args.checkpoint, parts.TOY if args.toy else parts.FULL)
-    for module in pipe.components.values():
-        if isinstance(module, nn.Module):
-            module.half()
-    if args.out.exists():
-        shutil.rmtree(args.out)
-    pipe.save_pretrained(args.out)
-    # diffusers loads in fp32 whatever the files hold; transformers loads in what the config says
-    config = args.out / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    for file in args.out.rglob("*"):  # safetensors writes its files for the owner alone
-        if file.is_file():
-            file.chmod(0o644)
+    write(assemble(args.checkpoint, parts.TOY if args.toy else parts.FULL), args.out)
     total = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"{args.out}: {total / 1e6:.2f} MB")
 
