@@ -1,4 +1,4 @@
-"""The tile of an attention kernel, and the key by which tile tables are read."""
+"""Tile sizes of the attention kernels by GPU, head dim and dtype."""
 
 from __future__ import annotations
 
@@ -19,6 +19,34 @@ class Tile:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+
+
+def attention_tiles(cc: int, head_dim: int, dtype: torch.dtype) -> tuple[Tile, Tile]:
+    """The tile for long runs of query rows and the one for at most half as many.
+
+    ``cc`` is the compute capability (90 for an H100), 0 for the interpreter. Chosen so that nothing spills at
+    head dim 128 and so that K and V of two tiles are on the way while one is worked on; Ampere keeps the query
+    tile in registers, so it spills at head dim 256 whatever the tile.
+    """
+    if cc == 0:
+        return Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)
+    if dtype == torch.float32:
+        # IEEE fp32 has no tensor cores: registers, not shared memory, set the tile.
+        n = 32 if head_dim <= 128 else 16
+        return Tile(64, n, 4, 2), Tile(16, n, 4, 2)
+    if head_dim <= 64:
+        return Tile(128, 64, 4 if cc in (90, 100, 103) else 8, 3), Tile(64, 64, 4, 3)
+    if cc in (90, 100, 103):
+        if head_dim <= 128:
+            return Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)
+        return Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)
+    if head_dim <= 128:
+        if cc == 80:
+            return Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)
+        return Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)
+    if cc == 80:
+        return Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)
+    return Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)
 
 
 def compute_capability(tensor: torch.Tensor) -> int:

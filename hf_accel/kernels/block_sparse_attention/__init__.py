@@ -88,7 +88,9 @@ def _block_sparse_attention(
     if backend == "triton":
         from hf_accel.kernels.block_sparse_attention import triton
 
-        return triton.launch(*arguments)
+        # Triton launches on the current device, whatever the tensors are on.
+        with torch.cuda.device_of(query):
+            return triton.launch(*arguments)
     from hf_accel.kernels.block_sparse_attention import cpu
 
     return cpu.block_sparse_attention(*arguments)

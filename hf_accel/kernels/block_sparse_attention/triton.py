@@ -16,27 +16,16 @@ import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase, make_case
 from hf_accel.kernels.online_softmax import attend_rows, finish
-from hf_accel.kernels.tile import Tile, compute_capability, precision
+from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, precision
 
 LOG2_E = math.log2(math.e)
 
 
 def tile_for(cc: int, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int]) -> Tile:
     """The tile for compute capability ``cc`` (0: the interpreter); it divides the block."""
-    if dtype == torch.float32:
-        # IEEE fp32 has no tensor cores: registers, not shared memory, set the tile.
-        tile = Tile(64, 32 if head_dim <= 128 else 16, 4, 2)
-    elif head_dim <= 64:
-        tile = Tile(128, 64, 4, 3)
-    elif head_dim <= 128:
-        tile = Tile(128, 64, 8, 3) if cc in (0, 80, 90, 100, 103) else Tile(128, 32, 4, 2)
-    elif cc in (0, 80, 90, 100, 103):
-        tile = Tile(128, 32, 8, 2)
-    else:
-        tile = Tile(64, 32, 4, 1)
-    m, n = min(tile.m, block_size[0]), min(tile.n, block_size[1])
-    # A wgmma warpgroup takes 64 rows: eight warps would split 64 rows by columns and read K twice.
-    return replace(tile, m=m, n=n, num_warps=min(tile.num_warps, max(4, m // 16)))
+    large, small = attention_tiles(cc, head_dim, dtype)
+    tile = large if large.m <= block_size[0] else small
+    return replace(tile, n=min(tile.n, block_size[1]))
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys", "num_query_blocks", "max_keep", "scale"])

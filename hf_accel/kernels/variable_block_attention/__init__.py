@@ -87,7 +87,9 @@ def _variable_block_attention(
     if backend == "triton":
         from hf_accel.kernels.variable_block_attention import triton
 
-        return triton.launch(*arguments)
+        # Triton launches on the current device, whatever the tensors are on.
+        with torch.cuda.device_of(query):
+            return triton.launch(*arguments)
     from hf_accel.kernels.variable_block_attention import cpu
 
     return cpu.variable_block_attention(*arguments)

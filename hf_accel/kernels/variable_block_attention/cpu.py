@@ -31,11 +31,15 @@ def variable_block_attention(
     lse = query.new_empty((batch, heads, num_queries), dtype=torch.float32)
     for b in range(batch):
         for h in range(heads):
-            rows = [query[b, h], key[b, h], value[b, h]]
-            for i, order in enumerate((query_order, key_order, key_order)):
-                if order is not None:
-                    rows[i] = rows[i].index_select(0, order[b, h])
-            head_out, head_lse = _one_head(*rows, block_map[b, h], query_sizes[b, h], key_sizes[b, h], scale)
+            head_query, head_key, head_value = query[b, h], key[b, h], value[b, h]
+            if query_order is not None:
+                head_query = head_query.index_select(0, query_order[b, h])
+            if key_order is not None:
+                head_key = head_key.index_select(0, key_order[b, h])
+                head_value = head_value.index_select(0, key_order[b, h])
+            head_out, head_lse = _one_head(
+                head_query, head_key, head_value, block_map[b, h], query_sizes[b, h], key_sizes[b, h], scale
+            )
             if query_order is None:
                 out[b, h], lse[b, h] = head_out, head_lse
             else:

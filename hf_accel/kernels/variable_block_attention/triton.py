@@ -18,7 +18,7 @@ import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase, make_case
 from hf_accel.kernels.online_softmax import attend_rows, finish
-from hf_accel.kernels.tile import Tile, compute_capability, precision
+from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, precision
 from hf_accel.kernels.variable_block_attention.plan import (
     compact_kernel,
     key_units_kernel,
@@ -47,24 +47,18 @@ class Tiles:
 
 def tiles_for(cc: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The tiles for compute capability ``cc`` (0: the interpreter), head dim and dtype."""
-    if cc == 0:
-        return Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), run=4)
-    if dtype == torch.float32:
-        # IEEE fp32 has no tensor cores: registers, not shared memory, set the tile.
-        n = 32 if head_dim <= 128 else 16
-        return Tiles(Tile(64, n, 4, 2), Tile(16, n, 4, 2))
-    large_shared_memory = cc in (80, 90, 100, 103)
-    if head_dim <= 64:
-        return Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3))
-    if head_dim <= 128:
-        if cc in (90, 100, 103):
-            return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3))
-        if cc == 80:
-            return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3))
-        return Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2))
-    if large_shared_memory:
-        return Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2))
-    return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1))
+    main, tail = attention_tiles(cc, head_dim, dtype)
+    return Tiles(main, tail, run=8 if cc else 4)
+
+
+@triton.jit
+def _packed_rows(RunList, SingleList, i, in_runs, keys, RUN: tl.constexpr):
+    """Key rows at places ``i`` of the packed sequence: all rows of the runs, then the singles; 0 beyond it."""
+    rows = tl.load(RunList + i // RUN, mask=i < in_runs, other=0) + i % RUN
+    if RUN > 1:
+        single = tl.load(SingleList + i - in_runs, mask=(i >= in_runs) & (i < keys), other=0)
+        rows = tl.where(i < in_runs, rows, single)
+    return rows
 
 
 @triton.jit(
@@ -148,30 +142,23 @@ def attention_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     column = tl.arange(0, BLOCK_N)
-    RUNS_PER_TILE: tl.constexpr = BLOCK_N // RUN
-    full_tiles = runs // RUNS_PER_TILE
+    in_runs = runs * RUN
+    keys = in_runs + singles
     # List entries are loaded one tile ahead and carried in registers. Loaded where they are used, they would be
     # one more stage of Triton's load pipeline, and K and V would be waited for as soon as they are asked for.
-    entries = tl.load(RunList + column // RUN, mask=column < full_tiles * BLOCK_N, other=0)
-    for t in range(0, full_tiles):
-        rows = entries + column % RUN
-        entries = tl.load(RunList + tl.minimum(t + 1, full_tiles - 1) * RUNS_PER_TILE + column // RUN)
+    rows = _packed_rows(RunList, SingleList, column, in_runs, keys, RUN)
+    for t in range(0, keys // BLOCK_N):
+        rows_now = rows
+        rows = _packed_rows(RunList, SingleList, (t + 1) * BLOCK_N + column, in_runs, keys, RUN)
         row_max, row_sum, acc = attend_rows(
-            query, Key, Value, rows, rows, row_max, row_sum, acc, stride_ks, stride_vs, scale,
+            query, Key, Value, rows_now, rows_now, row_max, row_sum, acc, stride_ks, stride_vs, scale,
             False, D, BLOCK_D, PRECISION,
         )  # fmt: skip
-    # What is left: runs that do not fill a tile, then all singles. Some 5 % of the keys, so masks cost little.
-    RunList += full_tiles * RUNS_PER_TILE
-    in_runs = (runs - full_tiles * RUNS_PER_TILE) * RUN
-    left = in_runs + singles
-    for t in range(0, left, BLOCK_N):
-        i = t + column
-        rows = tl.load(RunList + i // RUN, mask=i < in_runs, other=0) + i % RUN
-        if RUN > 1:
-            single = tl.load(SingleList + i - in_runs, mask=(i >= in_runs) & (i < left), other=0)
-            rows = tl.where(i < in_runs, rows, single)
+    # At most one more tile. As a loop and not an `if`, its loads also go to shared memory without registers.
+    rest = keys % BLOCK_N
+    for _ in range(0, rest, BLOCK_N):
         row_max, row_sum, acc = attend_rows(
-            query, Key, Value, rows, i < left, row_max, row_sum, acc, stride_ks, stride_vs, scale,
+            query, Key, Value, rows, column < rest, row_max, row_sum, acc, stride_ks, stride_vs, scale,
             True, D, BLOCK_D, PRECISION,
         )  # fmt: skip
 
