@@ -14,6 +14,7 @@ import torch
 from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config as Settings
+from hf_accel.errors import UnsupportedByKernel
 from hf_accel.hosts import attention as attention_host
 from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.seam import SeamContext
@@ -134,7 +135,20 @@ class AttentionMethod(Method):
         return attention_host.why_not(model.module)
 
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> SeamContext:
+        self._check_head_dim(model, report)
         return attention_host.install(model, AttentionRunner(self), ledger, report, clock)
+
+    def _check_head_dim(self, model: Model, report: MethodReport) -> None:
+        """Say before the first forward that the method's GPU kernel cannot do this model's heads."""
+        head_dim = model.config.get("attention_head_dim")
+        if not isinstance(head_dim, int) or head_dim <= self.facts.max_head_dim:
+            return
+        words = (
+            f"the heads of {model.class_name} have {head_dim} dims; the Triton kernel does {self.facts.max_head_dim}"
+        )
+        if getattr(self.config, "backend", "auto") == "triton":
+            raise UnsupportedByKernel(f"{self.name}: {words}. Use backend='auto' or 'torch'.")
+        report.notes.append(f"{words}: the torch form runs everywhere")
 
 
 class AttentionRunner:

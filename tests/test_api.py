@@ -34,7 +34,7 @@ def marks(model):
 def test_unknown_names_come_with_the_nearest(model):
     with pytest.raises(errors.UnknownMethod, match="Did you mean 'svg2'"):
         hf_accel.apply(model, "svg-2")
-    with pytest.raises(errors.UnknownMethod, match="wan2.1-t2v-14b"):
+    with pytest.raises(errors.UnknownMethod, match=r"wan2\.1-t2v-14b"):
         hf_accel.apply(model, "wan2.1-t2v-14")
 
 
@@ -172,6 +172,17 @@ def test_nothing_patched_says_what_was_sought(model):
         block.attn1.processor = None
     with pytest.raises(errors.NothingPatched, match=r"blocks.*attn1.*found 2 by name, no processor"):
         hf_accel.apply(model, "svg2")
+
+
+def test_heads_too_large_for_the_kernel_are_refused_or_noted():
+    model = tiny.build("wan", num_attention_heads=1, attention_head_dim=264)
+    with pytest.raises(errors.UnsupportedByKernel, match="have 264 dims; the Triton kernel does 256"):
+        hf_accel.apply(model, "svg2", backend="triton")
+    assert not marks(model)
+    dense = tiny_output(model)
+    with hf_accel.apply(model, "svg2", top_p=1.0, dense_steps=0, dense_layers=0, kmeans_iter_init=2) as applied:
+        assert torch.allclose(tiny_output(model), dense, atol=1e-5)
+        assert "264 dims" in str(applied.report())
 
 
 def test_explain_speaks_of_every_method(model):

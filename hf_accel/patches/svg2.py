@@ -33,8 +33,10 @@ from hf_accel.attention.layout import density
 from hf_accel.attention.selectors import centroid_map, top_p
 from hf_accel.config import Config, setting
 from hf_accel.kernels.kmeans import KMeansResult, kmeans
+from hf_accel.kernels.kmeans import backend_for as kmeans_backend
 from hf_accel.kernels.permute import gather_rows
-from hf_accel.kernels.variable_block_attention import backend_for, variable_block_attention
+from hf_accel.kernels.variable_block_attention import backend_for as attention_backend
+from hf_accel.kernels.variable_block_attention import variable_block_attention
 from hf_accel.method import AttentionMethod, Facts
 from hf_accel.registry import register
 
@@ -113,8 +115,9 @@ class SVG2(AttentionMethod):
             call.query, sorted_key, sorted_value, keep, query_sizes, key_sizes,
             scale=call.scale, query_order=query_order, backend=self.config.backend,
         )  # fmt: skip
-        choice = backend_for(call.query, self.config.backend)
-        call.record_kernel("variable_block_attention", choice.backend, choice.reason)
+        for op, backend_for in (("kmeans", kmeans_backend), ("variable_block_attention", attention_backend)):
+            choice = backend_for(call.query, self.config.backend)
+            call.record_kernel(op, choice.backend, choice.reason)
         call.record_density(density(keep, query_sizes, key_sizes))
         return out
 
