@@ -1,0 +1,60 @@
+"""Run every benchmark that suits this machine and store its JSON under ``benchmarks/results/``.
+
+    python benchmarks/run_all.py            # what this machine can do: GPU shapes on a GPU, CPU shapes elsewhere
+    python benchmarks/run_all.py --quality  # and the quality curves of mini-wan with the oracles (slow on a CPU)
+
+Then ``python benchmarks/tables.py`` writes ``docs/results.md`` from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def commands(gpu: bool, quality: bool) -> list[list[str]]:
+    where = "gpu" if gpu else "cpu"
+    shapes, flex = ("wan720,wan480", ["--flex"]) if gpu else ("cpu8k", [])
+    runs = [
+        [
+            "attention.py",
+            "--op",
+            "variable",
+            "--shape",
+            shapes,
+            *flex,
+            "--json",
+            f"variable_block_attention_{where}.json",
+        ],
+        ["attention.py", "--op", "block", "--shape", shapes, *flex, "--json", f"block_sparse_attention_{where}.json"],
+        ["kmeans.py", "--shape", shapes, "--json", f"kmeans_{where}.json"],
+        ["svg2_attention.py", "--shape", shapes if gpu else "mini-wan,cpu8k", "--json", f"svg2_attention_{where}.json"],
+    ]
+    if quality:
+        runs.append(["svg2_quality.py", "--oracles", "--json", "svg2_quality.json", "--plot", "svg2_quality.png"])
+    return runs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quality", action="store_true")
+    options = parser.parse_args()
+    failed = []
+    for run in commands(torch.cuda.is_available(), options.quality):
+        script, *rest = run
+        rest = [str(HERE / "results" / word) if word.endswith((".json", ".png")) else word for word in rest]
+        print("$", "python", f"benchmarks/{script}", *rest, flush=True)
+        if subprocess.run([sys.executable, str(HERE / script), *rest], check=False).returncode:
+            failed.append(script)
+    print("failed: " + ", ".join(failed) if failed else "all benchmarks ran")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Write ``docs/results.md`` from the JSON under ``benchmarks/results/``: no figure in the docs is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "results.md"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def machine(environment: dict[str, Any]) -> str:
+    versions = environment.get("versions", {})
+    torch_version = versions.get("torch", environment.get("torch"))
+    parts = [environment["device"], f"torch {torch_version}", f"commit {environment.get('commit')}"]
+    if environment.get("threads"):
+        parts.insert(1, f"{environment['threads']} threads")
+    if environment.get("load_average") is not None:
+        parts.append(f"load average {environment['load_average']} at the start")
+    return "Measured on " + ", ".join(parts) + "."
+
+
+def quality(data: dict[str, Any]) -> str:
+    """svg2 on mini-wan against its budget."""
+    rows = [
+        [
+            row["method"],
+            f"{row['budget']}",
+            f"{row['density']:.3f}",
+            f"{row['psnr_mean']:.2f}",
+            f"{row['psnr_worst']:.2f}",
+            f"{row['ssim_mean']:.4f}",
+            f"{row['max_difference']:.1e}",
+            f"{row.get('prompts', data['prompts'])}",
+        ]
+        for row in data["summary"]
+    ]
+    head = ["method", "top_p", "density", "PSNR mean, dB", "PSNR worst, dB", "SSIM mean", "max difference", "prompts"]
+    settings = ", ".join(f"{k}={v}" for k, v in data["svg2_settings"].items())
+    return (
+        f"Held-out prompts, same seed as dense, {data['call']['num_inference_steps']} steps, guidance "
+        f"{data['call']['guidance_scale']}. svg2 settings: {settings}. Density is of the sparse calls. "
+        f"{machine(data['machine'])}\n\n{table(head, rows)}"
+    )
+
+
+def svg2_attention(data: dict[str, Any]) -> str:
+    """Whole attention of svg2 against SDPA."""
+    rows = [
+        [
+            f"{r['shape']}, {r['tokens']} tokens, {r['heads']} heads x {r['head_dim']}",
+            f"{r['top_p']}",
+            f"{r['density']:.3f}",
+            f"{r['times']['dense']['p50_ms']:.1f}",
+            f"{r['times']['svg2']['p50_ms']:.1f}",
+            f"{r['times']['kmeans']['p50_ms']:.1f}",
+            f"{r['ratio']:.2f}",
+            f"{r['bound']:.2f}",
+            f"{r['share_of_bound']:.2f}",
+            f"{r['relative_error']:.3f}",
+        ]
+        for r in data["records"]
+    ]
+    head = ["shape", "top_p", "density", "SDPA, ms", "svg2, ms", "of it k-means", "ratio", "bound", "of bound", "error"]
+    return f"Selection and permutation included, warm centroids. {machine(data['environment'])}\n\n{table(head, rows)}"
+
+
+def attention_kernel(data: dict[str, Any]) -> str:
+    """One attention kernel against the best dense baseline."""
+    rows = [
+        [
+            f"{r['shape']} {r['tensor']} {r['dtype']}",
+            r["backend"],
+            f"{r['density']:.3f}",
+            f"{r['dense_ms']:.2f}",
+            f"{r['p50_ms']:.2f}",
+            f"{r['speedup']:.2f}",
+            f"{r['bound_speedup']:.2f}",
+            f"{r['times_density_dense']:.2f}",
+            f"{r['relative_error']:.1e}",
+        ]
+        for r in data["records"]
+        if r.get("correct")
+    ]
+    head = ["shape", "backend", "density", "best dense, ms", "ours, ms", "ratio", "bound", "x density x dense", "error"]
+    return f"{machine(data['environment'])}\n\n{table(head, rows)}"
+
+
+SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
+    ("svg2_quality.json", "Quality of svg2 on mini-wan", quality),
+    ("svg2_attention_cpu.json", "Attention time of svg2 on a CPU", svg2_attention),
+    ("svg2_attention_gpu.json", "Attention time of svg2 on a GPU", svg2_attention),
+    ("variable_block_attention_cpu.json", "Kernel variable_block_attention on a CPU", attention_kernel),
+    ("variable_block_attention_gpu.json", "Kernel variable_block_attention on a GPU", attention_kernel),
+    ("block_sparse_attention_cpu.json", "Kernel block_sparse_attention on a CPU", attention_kernel),
+    ("block_sparse_attention_gpu.json", "Kernel block_sparse_attention on a GPU", attention_kernel),
+]
+
+
+def main() -> int:
+    parts = ["# Results", "Made by `python benchmarks/tables.py` from `benchmarks/results/`."]
+    missing = []
+    for name, title, render in SECTIONS:
+        file = HERE / "results" / name
+        if file.exists():
+            parts += [f"## {title}", render(json.loads(file.read_text()))]
+        else:
+            missing.append(title[0].lower() + title[1:])
+    if missing:
+        parts += ["## Not measured", "\n".join(f"- {title}" for title in missing)]
+    PAGE.write_text("\n\n".join(parts) + "\n")
+    print(PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
