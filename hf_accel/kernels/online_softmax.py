@@ -20,15 +20,19 @@ def attend_rows(
     stride_value,
     scale,  # softmax scale times log2(e), positive
     MASKED: tl.constexpr,
+    WIDE: tl.constexpr,  # a head of Key or Value spans 2**31 elements or more
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Online softmax over one tile of keys (Dao 2023, arXiv 2307.08691, algorithm 1), in base 2."""
     d = tl.arange(0, BLOCK_D)
-    row_offsets = rows[:, None].to(tl.int64)
-    key_pointers = Key + row_offsets * stride_key + d[None, :]
-    value_pointers = Value + row_offsets * stride_value + d[None, :]
+    # The loop is bound by instructions issued, not by the tensor cores alone. Key + d does not change from tile
+    # to tile, and an offset of 32 bits needs one multiply-add per row to become an address, one of 64 bits four.
+    if WIDE:
+        rows = rows.to(tl.int64)
+    key_pointers = (Key + d)[None, :] + (rows * stride_key)[:, None]
+    value_pointers = (Value + d)[None, :] + (rows * stride_value)[:, None]
     if BLOCK_D == D and not MASKED:
         key = tl.load(key_pointers)
         value = tl.load(value_pointers)

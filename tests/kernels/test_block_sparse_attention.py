@@ -135,6 +135,17 @@ def test_strides_of_a_transformer(backend, device):
     assert out.stride() == case.qkv[0].stride()
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_key_and_value_laid_out_differently(wide, device, monkeypatch):
+    from hf_accel.kernels.block_sparse_attention import triton
+
+    case = Case((2, 2, 2, 70, 131, 16), device=device)
+    case.qkv[1] = case.qkv[1].transpose(1, 2).contiguous().transpose(1, 2)
+    assert triton.key_layout(*case.qkv[1:]) == (False, False)
+    monkeypatch.setattr(triton, "key_layout", lambda key, value: (False, wide))
+    check(case, "triton")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scale(backend, device):
     check(Case((1, 1, 1, 70, 70, 16), device=device), backend, scale=0.7)

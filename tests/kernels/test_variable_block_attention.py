@@ -137,9 +137,7 @@ def test_key_order_is_the_same_as_sorting_first(backend, device):
     places = case.key_order.long()[..., None].expand_as(key)
     scattered = [torch.empty_like(x).scatter_(2, places, x) for x in (key, value)]
     sorted_out = variable_block_attention(*case.arguments, backend=backend)
-    out = variable_block_attention(
-        query, *scattered, *case.arguments[3:], key_order=case.key_order, backend=backend
-    )
+    out = variable_block_attention(query, *scattered, *case.arguments[3:], key_order=case.key_order, backend=backend)
     torch.testing.assert_close(out, sorted_out, atol=2e-6, rtol=2e-6)
 
 
@@ -160,6 +158,26 @@ def test_batch_and_strides_of_a_transformer(backend, device):
     case.qkv = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.qkv]
     out, _ = check(case, backend, case.query_order)
     assert out.stride() == case.qkv[0].stride()
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_key_and_value_laid_out_differently(wide, device, monkeypatch):
+    from hf_accel.kernels.variable_block_attention import triton
+
+    case = Case((2, 2, 40, 60, 16), device=device)
+    case.qkv[1] = case.qkv[1].transpose(1, 2).contiguous().transpose(1, 2)
+    assert triton.key_layout(*case.qkv[1:]) == (False, False)
+    monkeypatch.setattr(triton, "key_layout", lambda key, value: (False, wide))
+    check(case, "triton")
+
+
+def test_key_layout_of_tensors_too_long_for_32_bits():
+    from hf_accel.kernels.tile import key_layout
+
+    long = torch.empty(1, 1, 2**24, 128, device="meta")
+    assert key_layout(long, long) == (True, True)
+    short = torch.empty(1, 1, 2**23, 128, device="meta")
+    assert key_layout(short, short) == (True, False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -233,9 +251,7 @@ def test_heads_in_several_launches(monkeypatch, device):
 
 def test_sizes_that_are_too_large_stay_inside_the_tensors(device):
     """The GPU form cannot check them without waiting; the result is then wrong, but nothing else is read."""
-    case = Case(
-        (1, 1, 40, 60, 16), (3, 4), 1.1, device=device, query_sizes=(30, 30, 9), key_sizes=(50, 70, 3, 9)
-    )
+    case = Case((1, 1, 40, 60, 16), (3, 4), 1.1, device=device, query_sizes=(30, 30, 9), key_sizes=(50, 70, 3, 9))
     out, _ = variable_block_attention(*case.arguments, backend="triton")
     assert bool(out.isfinite().all())
 

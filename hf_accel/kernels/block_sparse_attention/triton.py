@@ -16,7 +16,7 @@ import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase, make_case
 from hf_accel.kernels.online_softmax import attend_rows, finish
-from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, precision
+from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, key_layout, precision
 
 LOG2_E = math.log2(math.e)
 
@@ -60,6 +60,8 @@ def forward_kernel(
     max_keep,
     scale,  # softmax scale times log2(e)
     HAS_VALID: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,  # rows of K and V are equally far apart: one offset serves both
+    WIDE: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,6 +84,8 @@ def forward_kernel(
     key_head = head // heads_per_key_head
     Key += batch * stride_kb + key_head * stride_kh
     Value += batch * stride_vb + key_head * stride_vh
+    if SAME_STRIDES:
+        stride_vs = stride_ks
     row = first + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     element = (row[:, None] < num_queries) & (d[None, :] < D)
@@ -118,7 +122,7 @@ def forward_kernel(
             counts = tl.load(KeyValid + batch * num_keys + key_row) != 0
         row_max, row_sum, acc = attend_rows(
             query, Key, Value, key_row, counts, row_max, row_sum, acc, stride_ks, stride_vs, scale,
-            HAS_VALID, D, BLOCK_D, PRECISION,
+            HAS_VALID, WIDE, D, BLOCK_D, PRECISION,
         )  # fmt: skip
     if ragged < count:
         for first_key in range(last_full * KEY_BLOCK, num_keys, BLOCK_N):
@@ -128,7 +132,7 @@ def forward_kernel(
                 counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
             row_max, row_sum, acc = attend_rows(
                 query, Key, Value, key_row, counts, row_max, row_sum, acc, stride_ks, stride_vs, scale,
-                True, D, BLOCK_D, PRECISION,
+                True, WIDE, D, BLOCK_D, PRECISION,
             )  # fmt: skip
 
     out, lse = finish(row_max, row_sum, acc)
@@ -164,7 +168,7 @@ def launch(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         index_heads * num_query_blocks * (index_batch > 1), num_query_blocks * (index_heads > 1),
         heads, heads // key.shape[1], num_queries, key.shape[2], num_query_blocks, max_keep, scale * LOG2_E,
-        **_constexprs(tile, block_size, head_dim, query.dtype, key_valid is not None),
+        **_constexprs(tile, block_size, head_dim, query.dtype, key_valid is not None, *key_layout(key, value)),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -172,10 +176,18 @@ def launch(
 
 
 def _constexprs(
-    tile: Tile, block_size: tuple[int, int], head_dim: int, dtype: torch.dtype, has_valid: bool
+    tile: Tile,
+    block_size: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    has_valid: bool,
+    same_strides: bool = True,
+    wide: bool = False,
 ) -> dict[str, Any]:
     return {
         "HAS_VALID": has_valid,
+        "SAME_STRIDES": same_strides,
+        "WIDE": wide,
         "QUERY_BLOCK": block_size[0],
         "KEY_BLOCK": block_size[1],
         "BLOCK_M": tile.m,

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase, make_case
 from hf_accel.kernels.online_softmax import attend_rows, finish
-from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, precision
+from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, key_layout, precision
 from hf_accel.kernels.variable_block_attention.plan import (
     compact_kernel,
     key_units_kernel,
@@ -99,6 +99,8 @@ def attention_kernel(
     single_capacity,
     scale,  # softmax scale times log2(e)
     HAS_ORDER: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,  # rows of K and V are equally far apart: one offset serves both
+    WIDE: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -120,6 +122,8 @@ def attention_kernel(
     head = group % num_heads
     Key += batch * stride_kb + head * stride_kh
     Value += batch * stride_vb + head * stride_vh
+    if SAME_STRIDES:
+        stride_vs = stride_ks
 
     position = first + tl.arange(0, BLOCK_M)
     inside = position < end
@@ -144,22 +148,28 @@ def attention_kernel(
     column = tl.arange(0, BLOCK_N)
     in_runs = runs * RUN
     keys = in_runs + singles
-    # List entries are loaded one tile ahead and carried in registers. Loaded where they are used, they would be
-    # one more stage of Triton's load pipeline, and K and V would be waited for as soon as they are asked for.
-    rows = _packed_rows(RunList, SingleList, column, in_runs, keys, RUN)
-    for t in range(0, keys // BLOCK_N):
-        rows_now = rows
-        rows = _packed_rows(RunList, SingleList, (t + 1) * BLOCK_N + column, in_runs, keys, RUN)
+    # Most tiles are made of runs only. List entries are loaded one tile ahead and carried in registers: loaded
+    # where they are used, they would be one more stage of Triton's load pipeline, and K and V would be waited for
+    # as soon as they are asked for. The lists end with room for the entries behind the last tile.
+    RUNS_PER_TILE: tl.constexpr = BLOCK_N // RUN
+    full_tiles = runs // RUNS_PER_TILE
+    entries = tl.load(RunList + column // RUN)
+    for t in range(0, full_tiles):
+        rows = entries + column % RUN
+        entries = tl.load(RunList + (t + 1) * RUNS_PER_TILE + column // RUN)
         row_max, row_sum, acc = attend_rows(
-            query, Key, Value, rows_now, rows_now, row_max, row_sum, acc, stride_ks, stride_vs, scale,
-            False, D, BLOCK_D, PRECISION,
+            query, Key, Value, rows, rows, row_max, row_sum, acc, stride_ks, stride_vs, scale,
+            False, WIDE, D, BLOCK_D, PRECISION,
         )  # fmt: skip
-    # At most one more tile. As a loop and not an `if`, its loads also go to shared memory without registers.
-    rest = keys % BLOCK_N
-    for _ in range(0, rest, BLOCK_N):
+    # Some 5 % of the keys are left: the last runs and the singles.
+    first_left = full_tiles * BLOCK_N
+    rows = _packed_rows(RunList, SingleList, first_left + column, in_runs, keys, RUN)
+    for place in range(first_left, keys, BLOCK_N):
+        rows_now = rows
+        rows = _packed_rows(RunList, SingleList, place + BLOCK_N + column, in_runs, keys, RUN)
         row_max, row_sum, acc = attend_rows(
-            query, Key, Value, rows, column < rest, row_max, row_sum, acc, stride_ks, stride_vs, scale,
-            True, D, BLOCK_D, PRECISION,
+            query, Key, Value, rows_now, place + column < keys, row_max, row_sum, acc, stride_ks, stride_vs, scale,
+            True, WIDE, D, BLOCK_D, PRECISION,
         )  # fmt: skip
 
     out, lse = finish(row_max, row_sum, acc)
@@ -220,8 +230,10 @@ def launch(
     counts = torch.empty((groups, num_blocks + 1, 2), **integers)
     bytes_per_head = 4 * max(1, num_blocks) * (run_capacity + single_capacity)
     heads_per_launch = min(groups, max(1, LIST_BYTES // bytes_per_head))
-    run_list = torch.empty((heads_per_launch, max(1, num_blocks), run_capacity), **integers)
-    single_list = torch.empty((heads_per_launch, max(1, num_blocks), single_capacity), **integers)
+    lists = heads_per_launch * max(1, num_blocks)
+    room = max(tile.n for tile in (tiles.main, tiles.tail) if tile)
+    run_list = torch.empty(lists * run_capacity + room, **integers)
+    single_list = torch.empty(lists * single_capacity, **integers)
     launches = [(tiles.main, main_tiles)] + ([(tiles.tail, tail_tiles)] if tiles.tail else [])
     for first_head in range(0, groups, heads_per_launch):
         heads_now = min(heads_per_launch, groups - first_head)
@@ -242,7 +254,7 @@ def launch(
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
                 first_head, heads, num_blocks, num_queries, table.shape[1], run_capacity, single_capacity,
                 scale * LOG2_E,
-                **_constexprs(tile, run, head_dim, query.dtype, query_order is not None),
+                **_constexprs(tile, run, head_dim, query.dtype, query_order is not None, *key_layout(key, value)),
                 num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
                 enable_fp_fusion=True,
             )  # fmt: skip
@@ -281,9 +293,19 @@ def aot_cases(cc: int) -> list[AotCase]:
     return cases
 
 
-def _constexprs(tile: Tile, run: int, head_dim: int, dtype: torch.dtype, has_order: bool) -> dict[str, Any]:
+def _constexprs(
+    tile: Tile,
+    run: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    has_order: bool,
+    same_strides: bool = True,
+    wide: bool = False,
+) -> dict[str, Any]:
     return {
         "HAS_ORDER": has_order,
+        "SAME_STRIDES": same_strides,
+        "WIDE": wide,
         "RUN": run,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
