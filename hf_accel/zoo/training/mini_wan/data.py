@@ -83,11 +83,13 @@ def render(
     generator: torch.Generator,
     frames: int = FRAMES,
     side: int = SIDE,
+    start: int | None = None,
 ) -> Tensor:
     """Video `[N, 3, frames, side, side]` float32 in -1..1 on `device`.
 
     `generator` (of `device`) draws what captions do not tell: positions, speeds, phases, mottle. Lengths
-    scale with `side / 64`, so a smaller video shows the same scene.
+    scale with `side / 64`, so a smaller video shows the same scene. `start`: render the `frames` frames of a full
+    clip that begin there; without it the clip is sampled at `frames` moments.
     """
     n = len(scenes)
 
@@ -108,7 +110,9 @@ def render(
     scale = 64 / side
     axis = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) * scale - 32
     grid_y, grid_x = axis.view(1, 1, side, 1), axis.view(1, 1, 1, side)
-    time = torch.linspace(-1, 1, frames, device=device)  # the clip lasts 17 frames of the full size, always
+    time = torch.linspace(-1, 1, frames if start is None else FRAMES, device=device)  # a clip lasts 17 frames, always
+    if start is not None:
+        time = time[start : start + frames]
     headings = table(HEADING)
 
     colour, kind, heading = label(scenes.back).unbind(1)

@@ -41,10 +41,10 @@ class Size:
     side: int = 64
     channels: int = 12
     vae_dim: int = 24
-    layers: int = 7
-    heads: int = 6
+    layers: int = 6
+    heads: int = 4
     head_dim: int = 32
-    ffn: int = 480
+    ffn: int = 384
     text_dim: int = 64
 
     @property
@@ -122,7 +122,7 @@ def build_transformer(size: Size, qk_gain: float = 1.5) -> Transformer:
 
 def _resample_clip(module: WanResample, x: Tensor, feat_cache: object = None, feat_idx: object = None) -> Tensor:
     """`WanResample.forward` for all frames: as there, the first is neither merged nor doubled."""
-    if module.mode == "upsample3d":
+    if module.mode == "upsample3d" and x.shape[2] > 1:
         b, c, t, h, w = x.shape
         pairs = module.time_conv(x[:, :, 1:]).reshape(b, 2, c, t - 1, h, w)
         doubled = torch.stack((pairs[:, 0], pairs[:, 1]), 3).reshape(b, c, 2 * (t - 1), h, w)
@@ -130,7 +130,7 @@ def _resample_clip(module: WanResample, x: Tensor, feat_cache: object = None, fe
     b, c, t, h, w = x.shape
     x = module.resample(x.transpose(1, 2).reshape(b * t, c, h, w))
     x = x.view(b, t, *x.shape[1:]).transpose(1, 2)
-    if module.mode == "downsample3d":
+    if module.mode == "downsample3d" and x.shape[2] > 1:
         x = torch.cat([x[:, :, :1], module.time_conv(x)], 2)
     return x
 

@@ -1,10 +1,12 @@
 """Train `mini-wan` within a time budget: first the VAE, then text encoder and transformer together.
 
 Data are rendered on the fly and never repeat. The schedule follows the clock, not a step count, so a slower
-machine gets a shorter training and never an unfinished one. What is unusual here is the attention: the
-miniature stands in for large models, whose attention is sparse, so training asks for that. Query and key
-norms start above 1, two entropies of randomly chosen attention rows are held below a bound
-(:func:`model.row_entropies`), and a share of the later steps runs with attention over the top-p tiles only.
+machine gets a shorter training and never an unfinished one. `--stages` walks from single pictures over short
+clips to whole ones: what a shape looks like is learned where a sample has 256 tokens, not 2,304. What is
+unusual here is the attention: the miniature stands in for large models, whose attention is sparse, so training
+asks for that. Query and key norms start above 1, two entropies of randomly chosen attention rows are held below
+a bound (:func:`model.row_entropies`), and, with `--drop-share`, a share of the later steps runs with attention
+over the top-p tiles only.
 
 Written to `--out`: `vae.safetensors`, `model.safetensors` (averaged weights of transformer and text encoder,
 fp16), `log.json`, `data.png`, `samples.png`, `attention.json`. `--resume DIR` starts from such a folder,
@@ -18,6 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,38 @@ class Clock:
     @property
     def share(self) -> float:
         return min((time.monotonic() - self.start) / self.seconds, 1.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Clips of `frames` frames in batches of `batch`, while the elapsed share of training is below `until`."""
+
+    frames: int
+    batch: int
+    until: float
+
+
+def stages(text: str) -> list[Stage]:
+    """`1:32:15,17:3:25` as stages; the last figures are relative durations."""
+    rows = [[float(x) for x in part.split(":")] for part in text.split(",")]
+    total = sum(row[2] for row in rows)
+    ends = [sum(row[2] for row in rows[: i + 1]) / total for i in range(len(rows))]
+    return [Stage(int(frames), int(batch), end) for (frames, batch, _), end in zip(rows, ends, strict=True)]
+
+
+def window(frames: int, generator: torch.Generator) -> int | None:
+    """Where in a full clip a shorter one begins; None for whole clips."""
+    if frames == data.FRAMES:
+        return None
+    return int(torch.randint(data.FRAMES - frames + 1, (), generator=generator))
+
+
+def crop(video: Tensor, side: int | None, generator: torch.Generator) -> Tensor:
+    """A random square of `side` pixels, the same in every frame; all of it without a side."""
+    if side is None:
+        return video
+    y, x = (int(torch.randint((video.shape[-1] - side) // 4 + 1, (), generator=generator)) * 4 for _ in range(2))
+    return video[..., y : y + side, x : x + side]
 
 
 def learning_rate(share: float, peak: float, warm: float = 0.02, hold: float = 0.35) -> float:
@@ -94,12 +129,16 @@ def train_vae(args: argparse.Namespace, size: parts.Size, device: torch.device, 
     if args.resume:
         vae.load_state_dict({k: v.float() for k, v in load_file(args.resume / "vae.safetensors").items()})
         return vae.eval()
-    cpu, gpu = torch.Generator().manual_seed(1), torch.Generator(device).manual_seed(1)
+    if args.vae_start:
+        vae.load_state_dict({k: v.float() for k, v in load_file(args.vae_start / "vae.safetensors").items()})
+    cpu, gpu = torch.Generator().manual_seed(1 + args.seed), torch.Generator(device).manual_seed(1 + args.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_RATE, weight_decay=1e-3, fused=device.type == "cuda")
     clock, step, history = Clock(60 * args.vae_minutes), 0, []
     while clock.share < 1 and step < args.max_steps:
         optimizer.param_groups[0]["lr"] = learning_rate(clock.share, VAE_RATE)
-        video = data.render(grammar.sample(args.vae_batch, cpu), device, gpu, size.frames, size.side)
+        frames = args.vae_frames or size.frames
+        scenes = grammar.sample(args.vae_batch, cpu)
+        video = crop(data.render(scenes, device, gpu, frames, size.side, window(frames, cpu)), args.vae_crop, cpu)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.vae_half):
             mean, log_variance = parts.encode_clip(vae, video)
             noise = torch.randn(mean.shape, generator=gpu, device=device)
@@ -118,11 +157,11 @@ def train_vae(args: argparse.Namespace, size: parts.Size, device: torch.device, 
         step += 1
     vae.eval()
     with torch.no_grad():
-        clips = [data.render(grammar.sample(16, cpu), device, gpu, size.frames, size.side) for _ in range(8)]
+        clips = [data.render(grammar.sample(4, cpu), device, gpu, size.frames, size.side) for _ in range(8)]
         means = torch.cat([parts.encode_clip(vae, clip)[0] for clip in clips])
         vae.centre.copy_(means.mean((0, 2, 3, 4), keepdim=True))
         vae.spread.copy_(means.std((0, 2, 3, 4), keepdim=True))
-        quality = sharpness.psnr(parts.decode_clip(vae, means[:16]), clips[0])
+        quality = sharpness.psnr(parts.decode_clip(vae, means[:4]), clips[0])
     log["vae"] = {"steps": step, "history": history, "psnr": round(float(quality.mean()), 2)}
     print("vae psnr", log["vae"]["psnr"], "latent std", [round(x, 2) for x in vae.spread.flatten().tolist()])
     save(vae.state_dict(), args.out / "vae.safetensors")
@@ -161,7 +200,8 @@ class Trainer:
                 "text": parts.build_text_encoder(size),
             }
         ).to(device)
-        if args.resume:
+        self.resumed = args.resume is not None and (args.resume / "model.safetensors").exists()
+        if self.resumed:
             weights = load_file(args.resume / "model.safetensors")
             self.model.load_state_dict({name: value.float() for name, value in weights.items()})
         self.average = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
@@ -176,34 +216,42 @@ class Trainer:
         self.exclude = grammar.heldout_pairs()
         seed = 100 + args.seed
         self.cpu, self.gpu = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
-        self.one_hot = F.one_hot(parts.tile_index(size.grid, device)).float()
-        self.tiles = top_p_tiles(size.grid, device, args.drop_top_p)
         self.block_step: Callable = parts.block_forward
+        self.enter(Stage(size.frames, args.batch, 1.0))
+
+    def enter(self, stage: Stage) -> None:
+        """Go on with clips of another length."""
+        self.stage = stage
+        self.size = replace(self.size, frames=stage.frames)
+        self.one_hot = F.one_hot(parts.tile_index(self.size.grid, self.device)).float()
+        self.tiles = top_p_tiles(self.size.grid, self.device, self.args.drop_top_p)
 
     def rows(self) -> parts.RowSample:
         """A random box of query tokens of one tile's size, anywhere in the grid."""
+        box = [min(n, t) for n, t in zip(self.size.grid, parts.TILE, strict=True)]
         start = [
-            int(torch.randint(n - t + 1, (), generator=self.cpu))
-            for n, t in zip(self.size.grid, parts.TILE, strict=True)
+            int(torch.randint(n - t + 1, (), generator=self.cpu)) for n, t in zip(self.size.grid, box, strict=True)
         ]
-        f, h, w = (torch.arange(s, s + t) for s, t in zip(start, parts.TILE, strict=True))
+        f, h, w = (torch.arange(s, s + t) for s, t in zip(start, box, strict=True))
         _, height, width = self.size.grid
         rows = ((f[:, None, None] * height + h[:, None]) * width + w).flatten()
         return parts.RowSample(rows.to(self.device, non_blocking=True), self.one_hot, self.args.entropy_clips)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Normalised latents `[B, C, F, H, W]` and token ids `[B, 40]`; some captions are empty."""
-        scenes = grammar.sample(self.args.batch, self.cpu, self.exclude)
-        silent = (torch.rand(self.args.batch, generator=self.cpu) < 0.12).tolist()
+        scenes = grammar.sample(self.stage.batch, self.cpu, self.exclude)
+        silent = (torch.rand(self.stage.batch, generator=self.cpu) < 0.12).tolist()
         ids = grammar.encode(["" if mute else grammar.caption(scenes, i) for i, mute in enumerate(silent)])
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.vae_half):
-            video = data.render(scenes, self.device, self.gpu, self.size.frames, self.size.side)
+            video = data.render(
+                scenes, self.device, self.gpu, self.size.frames, self.size.side, window(self.size.frames, self.cpu)
+            )
             latents, _ = parts.encode_clip(self.vae, video)
         centre, scale = latent_scale(self.vae)
         return (latents.float() - centre) / scale, ids.to(self.device, non_blocking=True)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.half)
 
     def step(self, share: float, sparse: bool = False, text_length: int = LONG_TEXT) -> tuple[Tensor, Tensor, Tensor]:
         """One update; returns flow loss and the two mean entropies as tensors, so that nothing waits."""
@@ -228,7 +276,7 @@ class Trainer:
         flow = F.mse_loss(velocity.float(), noise - latents)
         loss = flow
         if not sparse:
-            ramp = min(max((share - 0.05) / 0.25, 0.0), 1.0) if not self.args.resume else 1.0
+            ramp = min(max((share - 0.05) / 0.25, 0.0), 1.0) if not self.resumed else 1.0
             args = self.args
             excess = args.token_weight * F.relu(tokens - args.token_nats).mean()
             excess = excess + args.tile_weight * F.relu(tiles - args.tile_nats).mean()
@@ -242,7 +290,7 @@ class Trainer:
         return flow.detach(), tokens.detach().mean(), tiles.detach().mean()
 
     def update_average(self, step: int) -> None:
-        decay = min(0.999, (1 + step) / (10 + step))
+        decay = min(self.args.average, (1 + step) / (10 + step))
         ours, new = list(self.average.values()), [p.detach() for p in self.model.state_dict().values()]
         torch._foreach_lerp_(ours, new, 1 - decay)
 
@@ -273,34 +321,44 @@ class Trainer:
         save(self.average, self.args.out / "model.safetensors")
 
     def run(self, seconds: float, log: dict) -> None:
-        begin = time.monotonic()
+        begin, full = time.monotonic(), self.size
         self.warm_up()
-        clock, step, saved = Clock(seconds - (time.monotonic() - begin)), 0, 0.0
-        window: list[tuple[Tensor, Tensor, Tensor]] = []
+        clock, step, clips, saved = Clock(seconds - (time.monotonic() - begin)), 0, 0, 0.0
+        plan = self.args.stages or [self.stage]
+        log["stages"] = []
+        losses: list[tuple[Tensor, Tensor, Tensor]] = []
         log["history"] = history = []
         while clock.share < 1 and step < self.args.max_steps:
             share = clock.share
+            stage = next((s for s in plan if share < s.until), plan[-1])
+            if stage != self.stage or not log["stages"]:
+                self.enter(stage)
+                log["stages"].append({"frames": stage.frames, "batch": stage.batch, "from_step": step})
+                losses.clear()
             drawn = torch.rand(2, generator=self.cpu).tolist()
             sparse = share > self.args.drop_from and drawn[0] < self.args.drop_share
-            result = self.step(share, sparse, SHORT_TEXT if drawn[1] < 0.25 else LONG_TEXT)
+            result = self.step(share, sparse, LONG_TEXT if drawn[1] < self.args.long_text else SHORT_TEXT)
             self.update_average(step)
             if not sparse:
-                window.append(result)
+                losses.append(result)
             step += 1
-            if step % 100 == 0 and window:
-                flow, tokens, tiles = (float(torch.stack(x).mean()) for x in zip(*window, strict=True))
+            clips += stage.batch
+            if step % self.args.log_every == 0 and losses:
+                flow, tokens, tiles = (float(torch.stack(x).mean()) for x in zip(*losses, strict=True))
                 elapsed = time.monotonic() - clock.start
                 history.append([step, round(elapsed), round(flow, 5), round(tokens, 3), round(tiles, 3)])
                 print(
-                    f"step {step} {elapsed:.0f}s loss {flow:.4f} entropy {tokens:.2f} tiles {tiles:.2f}",
+                    f"step {step} {elapsed:.0f}s frames {stage.frames} loss {flow:.4f} "
+                    f"entropy {tokens:.2f} tiles {tiles:.2f}",
                     flush=True,
                 )
-                window.clear()
+                losses.clear()
                 if elapsed - saved > 100:
                     saved = elapsed
                     self.checkpoint()
                     (self.args.out / "log.json").write_text(json.dumps(log))
-        log["steps"], log["clips"] = step, step * self.args.batch
+        log["steps"], log["clips"] = step, clips
+        self.size = full
         self.checkpoint()
 
     @torch.no_grad()
@@ -353,6 +411,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae-minutes", type=float, default=1.4)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--vae-batch", type=int, default=32)
+    parser.add_argument(
+        "--stages",
+        type=stages,
+        help="frames:batch:minutes,... e.g. 1:32:15,5:8:20,17:3:25; minutes are shares of --minutes",
+    )
+    parser.add_argument("--vae-crop", type=int, help="train the VAE on square crops of so many pixels")
+    parser.add_argument("--vae-start", type=Path, help="folder whose VAE training goes on")
+    parser.add_argument("--vae-frames", type=int, help="frames of the clips the VAE is trained on; default: all")
+    parser.add_argument("--long-text", type=float, default=0.75, help="share of steps with text padded to 512")
+    parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights")
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--half", action=argparse.BooleanOptionalAction, help="bf16 transformer; default: on a GPU")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--qk-gain", type=float, default=1.5)
     parser.add_argument("--token-weight", type=float, default=0.01, help="weight of the row entropy above its bound")
@@ -377,6 +447,8 @@ def main() -> None:
     args, start = parse(), time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.half is None:
+        args.half = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     size = parts.TOY if args.toy else parts.FULL
