@@ -26,6 +26,17 @@ def attention_map(call: AttentionCall) -> torch.Tensor:
     return torch.softmax(call.query.float() @ call.key.float().mT * call.scale, dim=-1)
 
 
+def top_p_by_bisection(probabilities: torch.Tensor, p: float, rounds: int = 16) -> torch.Tensor:
+    """The entries of each row above the highest threshold that still leaves mass ``p``; no sort of the whole map."""
+    low = torch.zeros_like(probabilities[..., :1])
+    high = probabilities.amax(-1, keepdim=True)
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        enough = torch.where(probabilities >= middle, probabilities, 0).sum(-1, keepdim=True) >= p
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return probabilities >= low
+
+
 def block_mass(probabilities: torch.Tensor, block: int) -> torch.Tensor:
     """Sum of probabilities per ``block x block`` rectangle, ``[B, H, ceil(S/block), ceil(S/block)]``."""
     size = probabilities.shape[-1]
@@ -60,7 +71,7 @@ class Oracle(AttentionMethod):
         probabilities = attention_map(call)
         block = self.config.block
         if block == 1:
-            keep = top_p(probabilities, self.config.top_p)
+            keep = top_p_by_bisection(probabilities, self.config.top_p)
         else:
             mass = block_mass(probabilities, block)
             blocks = top_p(mass / mass.sum(-1, keepdim=True), self.config.top_p)

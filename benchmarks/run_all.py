@@ -37,7 +37,7 @@ def commands(gpu: bool, quality: bool) -> list[list[str]]:
         ["svg2_attention.py", "--shape", shapes if gpu else "mini-wan,cpu8k", "--json", f"svg2_attention_{where}.json"],
     ]
     if quality:
-        runs.append(["svg2_quality.py", "--oracles", "--json", "svg2_quality.json", "--plot", "svg2_quality.png"])
+        runs.append(["svg2_quality.py", "--json", "svg2_quality.json", "--plot", "svg2_quality.png"])
     return runs
 
 
