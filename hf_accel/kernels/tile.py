@@ -30,9 +30,11 @@ def attention_tiles(cc: int, head_dim: int, dtype: torch.dtype) -> tuple[Tile, T
     if cc == 0:
         return Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)
     if dtype == torch.float32:
-        # IEEE fp32 has no tensor cores: registers, not shared memory, set the tile.
-        n = 32 if head_dim <= 128 else 16
-        return Tile(64, n, 4, 2), Tile(16, n, 4, 2)
+        # IEEE fp32 has no tensor cores: the products are unrolled into registers, and from 64 rows at head
+        # dim 128 on the compiler spills thousands of them.
+        if head_dim <= 64:
+            return Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)
+        return Tile(32, 16, 8, 2), Tile(16, 16, 4 if head_dim <= 128 else 8, 2)
     if head_dim <= 64:
         return Tile(128, 64, 4 if cc in (90, 100, 103) else 8, 3), Tile(64, 64, 4, 3)
     if cc in (90, 100, 103):

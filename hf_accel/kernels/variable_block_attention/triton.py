@@ -263,7 +263,7 @@ def launch(
 
 def aot_cases(cc: int) -> list[AotCase]:
     """The kernels as the launcher would call them on compute capability ``cc``."""
-    shapes = [("bf16", 128), ("bf16", 64), ("fp16", 40), ("bf16", 256), ("fp32", 64)]
+    shapes = [("bf16", 128), ("bf16", 64), ("fp16", 40), ("bf16", 256), ("fp32", 64), ("fp32", 256)]
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     cases: list[AotCase] = []
     for name, head_dim in shapes:
