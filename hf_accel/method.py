@@ -49,19 +49,18 @@ class Facts:
         needs: what the host must be able to tell it.
         backward: gradients flow through it; otherwise calls that need gradients run dense and are counted.
         compile: works in a model under ``torch.compile(fullgraph=True)``.
-        context_parallel: works when heads or tokens are sharded over devices.
-        batched: handles batch > 1.
+        batched: handles batch > 1; other calls run dense and are counted.
         causal: an attention method that honours a causal mask; others run dense there.
         exact: computes the unpatched result (to rounding) at every setting.
         full_budget: settings at which an approximate method equals the unpatched model.
-        dtypes, max_head_dim: what its kernels accept.
+        dtypes: accepted by its kernels; calls in others run dense and are counted.
+        max_head_dim: of its GPU kernels; larger heads take the torch form, and the report says so.
     """
 
     site: Site
     needs: frozenset[Need] = frozenset()
     backward: bool = False
     compile: bool = True
-    context_parallel: bool = False
     batched: bool = True
     causal: bool = False
     exact: bool = False
@@ -171,8 +170,8 @@ class AttentionRunner:
             lengths = call.query.shape[2], call.key.shape[2]
             if lengths[0] != lengths[1] or call.grid.video_span(lengths[0]) is None:
                 return call.fallback(f"{lengths[0]} x {lengths[1]} tokens disagree with the grid {call.grid}")
-        if call.causal and not self.method.facts.causal:
-            return call.fallback("causal attention")
+        if (reason := self._cannot(call)) is not None:
+            return call.fallback(reason)
         key = (call.layer.index, call.item)
         if key not in self._states:
             self._states[key] = self.method.new_state()
@@ -180,6 +179,17 @@ class AttentionRunner:
             self.method.observe(call, self._states[key])
             return call.fallback("dense step (dense_steps)")
         return self.method.attend(call, self._states[key])
+
+    def _cannot(self, call: AttentionCall) -> str | None:
+        """Why the method's declared facts exclude this call, or None."""
+        facts = self.method.facts
+        if call.causal and not facts.causal:
+            return "causal attention"
+        if call.query.dtype not in facts.dtypes:
+            return f"dtype {str(call.query.dtype).removeprefix('torch.')}"
+        if call.query.shape[0] > 1 and not facts.batched:
+            return "batch > 1"
+        return None
 
     def _dense_step(self, call: AttentionCall) -> bool:
         """A count is a count; a fraction is of the step count where known, else of the fall of the timestep."""

@@ -185,6 +185,14 @@ def test_heads_too_large_for_the_kernel_are_refused_or_noted():
         assert "264 dims" in str(applied.report())
 
 
+def test_double_precision_runs_dense_and_is_counted():
+    model = tiny.build("wan").double()
+    inputs = {k: v.double() for k, v in tiny.TINY["wan"].inputs(model).items()}
+    with torch.no_grad(), hf_accel.apply(model, "svg2", dense_steps=0, dense_layers=0) as applied:
+        model(**inputs)
+        assert applied.report().entries[0].run.dense_calls == {"dtype float64": 2}
+
+
 def test_explain_speaks_of_every_method(model):
     verdicts = hf_accel.explain(model)
     assert {v.method for v in verdicts} == set(registry.methods())

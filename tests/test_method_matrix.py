@@ -89,6 +89,8 @@ def test_full_budget_is_dense(case):
 
 def test_batch_of_two_at_full_budget(case):
     method, family, model = case
+    if not registry.get(method).facts.batched:
+        pytest.skip(f"{method} declares that it does not do batches")
     dense = denoise(model, family, batch=2)
     with hf_accel.apply(model, method, **full_budget(method)):
         assert close(denoise(model, family, batch=2), dense)
@@ -241,6 +243,8 @@ def test_whole_model_compiles_to_one_graph(case):
     method, family, model = case
     if family in ("mochi", "hunyuan-video-1.5", "cosmos"):
         pytest.skip(f"diffusers' own {family} forward does not compile in one graph, unpatched")
+    if not registry.get(method).facts.compile:
+        pytest.skip(f"{method} declares that it does not compile")
     torch._dynamo.reset()
     counter = CompileCounter()
     dense = denoise(model, family)

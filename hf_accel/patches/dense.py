@@ -27,7 +27,14 @@ class Dense(AttentionMethod):
     name = "dense"
     paper = "none"
     summary = "the host's own attention through the seam: the baseline for measuring"
-    facts = Facts(site="attention", backward=True, causal=True, exact=True)
+    facts = Facts(
+        site="attention",
+        backward=True,
+        causal=True,
+        exact=True,
+        dtypes=(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        max_head_dim=2**31,
+    )
     Config = DenseConfig
 
     def attend(self, call: AttentionCall, state: Any) -> torch.Tensor:

@@ -281,16 +281,20 @@ def test_nothing_is_left_in_diffusers_registries():
     assert ([set(table) for table in tables], set(AttentionProcessorRegistry._registry)) == before
 
 
-def test_repeated_blocks_compile_once_for_twelve_layers():
+@pytest.mark.parametrize("whole", [True, False], ids=["whole model", "repeated blocks"])
+def test_twelve_layers_compile_once(whole):
     torch._dynamo.reset()
     model = tiny.build("wan", layers=12)
     with torch.no_grad():
         dense = [tiny.run(model, "wan", timestep=t) for t in (900.0, 500.0)]
         applied = hf_accel.apply(model, "svg2", top_p=1.0, dense_steps=0, dense_layers=0, kmeans_iter_init=2)
         counter = CompileCounter()
-        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+        if whole:
+            model.compile(backend=counter, fullgraph=True)
+        else:
+            model.compile_repeated_blocks(backend=counter, fullgraph=True)
         ours = [tiny.run(model, "wan", timestep=t) for t in (900.0, 500.0)]
-    assert counter.frame_count == 1
+    assert counter.frame_count == (2 if whole else 1)  # whole: the model, and the hook in front of it
     assert run_of(applied).sparse_calls == 24
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, dense, strict=True))
     torch._dynamo.reset()
