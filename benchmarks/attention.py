@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from common import as_record, environment, relative_error, save, time_call
+from common import as_record, relative_error, save, time_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_accel.kernels import block_sparse_attention as block_package
 from hf_accel.kernels import variable_block_attention as variable_package
 from hf_accel.kernels.tile import Tile
+from hf_accel.measure.machine import describe_machine
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 BLOCK = 128
@@ -321,7 +322,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    machine, records = environment(device), []
+    machine, records = describe_machine(device), []
     print(machine)
     for name in options.shape.split(","):
         shape = SHAPES[name] if options.heads is None else replace(SHAPES[name], heads=options.heads)

@@ -5,13 +5,8 @@ Benchmarks run from a checkout on a machine where hf_accel need not be installed
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -83,61 +78,12 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return difference.item() if math.isfinite(difference.item()) else math.inf
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Machine, versions, commit and time: what a figure must be read with."""
-    record: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "changed_files": _git("status", "--porcelain", "--untracked-files=no"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        record |= {
-            "device": properties.name,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-    else:
-        record |= {"device": _cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-        # A loaded machine spoils ratios, not only times: small calls wait for threads that are not running.
-        record["load_average"] = round(os.getloadavg()[0], 2)
-    return record
-
-
-def save(path: str | None, environment: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Write ``{"environment": ..., "records": [...]}``; nothing if ``path`` is None."""
+def save(path: str | None, machine: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Write ``{"machine": ..., "records": [...]}``; nothing if ``path`` is None."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps({"environment": environment, "records": records}, indent=1) + "\n")
+        Path(path).write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
 
 
 def as_record(timing: Timing) -> dict[str, Any]:
     return {key: round(value, 4) for key, value in asdict(timing).items()}
-
-
-def _git(*arguments: str) -> str | None:
-    """None where git or its directory is absent, as on a machine that got the files only."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

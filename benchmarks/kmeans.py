@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import as_record, environment, relative_error, save, time_call
+from common import as_record, relative_error, save, time_call
 
 from hf_accel.kernels import kmeans as op
 from hf_accel.kernels import permute
+from hf_accel.measure.machine import describe_machine
 
 ITERATIONS = 2  # svg2 with centroids kept from the step before
 MEAN_TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}
@@ -297,7 +298,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    machine, records = environment(device), []
+    machine, records = describe_machine(device), []
     peer = find_peer(device)
     print(machine, "peer:", "flash-kmeans" if peer else "not installed", sep="\n")
     for shape in map(SHAPES.__getitem__, options.shape.split(",")):

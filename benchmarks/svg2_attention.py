@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import environment, relative_error, save, time_call
+from common import relative_error, save, time_call
 
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
+from hf_accel.measure.machine import describe_machine
 from hf_accel.patches.svg2 import SVG2, SVG2Config
 
 
@@ -151,7 +152,7 @@ def main() -> int:
                 flush=True,
             )
     if options.json:
-        save(options.json, environment(device), rows)
+        save(options.json, describe_machine(device), rows)
     return 0
 
 

@@ -19,7 +19,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def machine(environment: dict[str, Any]) -> str:
     versions = environment.get("versions", {})
-    torch_version = versions.get("torch", environment.get("torch"))
+    torch_version = versions.get("torch")
     parts = [environment["device"], f"torch {torch_version}", f"commit {environment.get('commit')}"]
     if environment.get("threads"):
         parts.insert(1, f"{environment['threads']} threads")
@@ -70,7 +70,7 @@ def svg2_attention(data: dict[str, Any]) -> str:
         for r in data["records"]
     ]
     head = ["shape", "top_p", "density", "SDPA, ms", "svg2, ms", "of it k-means", "ratio", "bound", "of bound", "error"]
-    return f"Selection and permutation included, warm centroids. {machine(data['environment'])}\n\n{table(head, rows)}"
+    return f"Selection and permutation included, warm centroids. {machine(data['machine'])}\n\n{table(head, rows)}"
 
 
 def attention_kernel(data: dict[str, Any]) -> str:
@@ -91,7 +91,7 @@ def attention_kernel(data: dict[str, Any]) -> str:
         if r.get("correct")
     ]
     head = ["shape", "backend", "density", "best dense, ms", "ours, ms", "ratio", "bound", "x density x dense", "error"]
-    return f"{machine(data['environment'])}\n\n{table(head, rows)}"
+    return f"{machine(data['machine'])}\n\n{table(head, rows)}"
 
 
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [

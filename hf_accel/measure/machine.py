@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import subprocess
@@ -11,32 +12,57 @@ from typing import Any
 
 import torch
 
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft")
 
-def describe_machine() -> dict[str, Any]:
-    """Machine, threads, versions and the commit of the source tree (None outside one)."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "diffusers", "transformers", "peft"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {"device": device, "threads": torch.get_num_threads(), "versions": versions, "commit": _commit()}
+
+def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Device, threads, versions, date, and the commit of the source tree with what is changed in it.
+
+    Args:
+        device: that the figure is measured on; default: the GPU if there is one.
+    """
+    gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "changed_files": _git("status", "--porcelain", "--untracked-files=no"),
+        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
+    }
+    if gpu:
+        properties = torch.cuda.get_device_properties(device)
+        record |= {
+            "device": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    else:
+        record |= {"device": _cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+        # A loaded machine spoils ratios, not only times: small calls wait for threads that are not running.
+        record["load_average"] = round(os.getloadavg()[0], 2)
+    return record
+
+
+def _git(*arguments: str) -> str | None:
+    """None where git or its directory is absent, as on a machine that got the files only."""
+    here = str(Path(__file__).resolve().parent)
+    try:
+        done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
