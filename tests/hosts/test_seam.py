@@ -310,3 +310,39 @@ def test_importing_changes_nothing_elsewhere():
         "assert not loaded & {'diffusers', 'transformers', 'peft', 'triton'}, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_compiled_model_at_another_resolution(family):
+    torch._dynamo.reset()
+    model = tiny.build(family)
+    sizes = ((3, 8, 8), (3, 6, 8), (2, 10, 8))
+    with torch.no_grad():
+        dense = [tiny.run(model, family, size=size) for size in sizes]
+        full = {"top_p": 1.0, "dense_steps": 0, "dense_layers": 0, "kmeans_iter_init": 2, "num_q_centroids": 4}
+        with hf_accel.apply(model, "svg2", **full) as applied:
+            compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+            ours = [tiny.run(compiled, family, size=size) for size in sizes]
+            run = run_of(applied)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, dense, strict=True))
+    assert run.generations == 3
+    assert run.sparse_calls == 6
+    assert not run.dense_calls
+    torch._dynamo.reset()
+
+
+def test_gradients_through_a_compiled_patched_model_are_dense_and_right():
+    torch._dynamo.reset()
+    model = tiny.build("wan")
+
+    def gradients(module):
+        model.zero_grad()
+        tiny.run(module, "wan").square().mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    dense = gradients(model)
+    with hf_accel.apply(model, "svg2", dense_steps=0, dense_layers=0) as applied:
+        ours = gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
+        assert run_of(applied).dense_calls == {"gradients are needed under torch.compile": 2}
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, dense, strict=True))
+    torch._dynamo.reset()
