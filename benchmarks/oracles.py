@@ -1,10 +1,12 @@
 """Yardsticks for sparse video attention: what no method can beat, and what every method must beat.
 
-Methods like any other, used by the benchmarks only; they materialise the attention map, so they are slow.
+Methods like any other, used by the benchmarks only; they compute the attention map row by row, so they are slow.
+For models whose sequence is video alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +14,25 @@ import torch
 import torch.nn.functional as F
 
 from hf_accel.attention.call import AttentionCall
+from hf_accel.attention.layout import density
 from hf_accel.attention.selectors import top_k, top_p
 from hf_accel.config import Config, setting
+from hf_accel.kernels.block_sparse_attention import block_map_to_index, block_sparse_attention
 from hf_accel.kernels.kmeans import KMeansResult
 from hf_accel.kernels.permute import sort_by_label
 from hf_accel.method import AttentionMethod, Facts
 from hf_accel.patches.svg2 import SVG2, Centroids, SVG2Config, video_span
 from hf_accel.registry import register
 
+ROWS = 256  # rows of the attention map that exist at a time: small enough for the cache of a CPU
 
-def attention_map(call: AttentionCall) -> torch.Tensor:
-    """The true probabilities ``[B, H, S, S]`` in fp32."""
-    return torch.softmax(call.query.float() @ call.key.float().mT * call.scale, dim=-1)
+
+def map_rows(call: AttentionCall) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The true probabilities in fp32, ``[B, H, rows, S]`` at a time."""
+    key = call.key.float().mT
+    for start in range(0, call.query.shape[2], ROWS):
+        rows = slice(start, start + ROWS)
+        yield rows, torch.softmax(call.query[:, :, rows].float() @ key * call.scale, dim=-1)
 
 
 def top_p_by_bisection(probabilities: torch.Tensor, p: float, rounds: int = 16) -> torch.Tensor:
@@ -37,13 +46,18 @@ def top_p_by_bisection(probabilities: torch.Tensor, p: float, rounds: int = 16) 
     return probabilities >= low
 
 
-def block_mass(probabilities: torch.Tensor, block: int) -> torch.Tensor:
-    """Sum of probabilities per ``block x block`` rectangle, ``[B, H, ceil(S/block), ceil(S/block)]``."""
-    size = probabilities.shape[-1]
-    pad = -size % block
-    padded = F.pad(probabilities, (0, pad, 0, pad))
-    count = padded.shape[-1] // block
-    return padded.unflatten(-1, (count, block)).sum(-1).unflatten(-2, (count, block)).sum(-2)
+def label_mass(call: AttentionCall, query_labels: torch.Tensor, key_labels: torch.Tensor) -> torch.Tensor:
+    """True mass between groups of tokens, ``[B, H, Cq, Ck]``, rows summing to 1. Labels ``[B, H, S]``."""
+    columns = F.one_hot(key_labels.long()).float()
+    mass = None
+    groups = int(query_labels.max()) + 1
+    for rows, probabilities in map_rows(call):
+        members = F.one_hot(query_labels[:, :, rows].long(), groups).float()
+        part = members.mT @ (probabilities @ columns)
+        mass = part if mass is None else mass + part
+    if mass is None:
+        raise ValueError("a call without tokens")
+    return mass / mass.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
 @dataclass(frozen=True)
@@ -68,17 +82,30 @@ class Oracle(AttentionMethod):
     config: OracleConfig
 
     def attend(self, call: AttentionCall, state: Any) -> torch.Tensor:
-        probabilities = attention_map(call)
-        block = self.config.block
-        if block == 1:
+        return self._tokens(call) if self.config.block == 1 else self._blocks(call)
+
+    def _tokens(self, call: AttentionCall) -> torch.Tensor:
+        outs, kept = [], []
+        for _, probabilities in map_rows(call):
             keep = top_p_by_bisection(probabilities, self.config.top_p)
-        else:
-            mass = block_mass(probabilities, block)
-            blocks = top_p(mass / mass.sum(-1, keepdim=True), self.config.top_p)
-            size = probabilities.shape[-1]
-            keep = blocks.repeat_interleave(block, -1).repeat_interleave(block, -2)[..., :size, :size]
-        call.record_density(keep.float().mean((-2, -1)))
-        return F.scaled_dot_product_attention(call.query, call.key, call.value, keep, scale=call.scale)
+            weights = torch.where(keep, probabilities, 0)
+            outs.append(weights / weights.sum(-1, keepdim=True) @ call.value.float())
+            kept.append(keep.float().mean(-1))
+        call.record_density(torch.cat(kept, -1).mean(-1))
+        return torch.cat(outs, 2).to(call.query.dtype)
+
+    def _blocks(self, call: AttentionCall) -> torch.Tensor:
+        block, size = self.config.block, call.query.shape[2]
+        labels = (torch.arange(size, device=call.query.device) // block).expand(call.query.shape[:3])
+        keep = top_p(label_mass(call, labels, labels), self.config.top_p)
+        index, count = block_map_to_index(keep)
+        sizes = torch.full(keep.shape[:3], block)
+        sizes[..., -1] = size - block * (keep.shape[2] - 1)
+        call.record_density(density(keep, sizes.to(keep.device), sizes.to(keep.device)))
+        out, _ = block_sparse_attention(
+            call.query, call.key.contiguous(), call.value.contiguous(), index, count, block_size=block, scale=call.scale
+        )
+        return out
 
 
 @dataclass(frozen=True)
@@ -95,12 +122,9 @@ class ClusterOracle(SVG2):
     Config = ClusterOracleConfig
 
     def estimate(self, call: AttentionCall, query: KMeansResult, key: KMeansResult) -> torch.Tensor:
-        start, stop = video_span(call)
-        probabilities = attention_map(call)[..., start:stop, start:stop]
-        rows = F.one_hot(query.labels.long(), query.sizes.shape[-1]).float()
-        columns = F.one_hot(key.labels.long(), key.sizes.shape[-1]).float()
-        mass = rows.mT @ probabilities @ columns
-        return mass / mass.sum(-1, keepdim=True).clamp_min(1e-12)
+        mass = label_mass(call, query.labels, key.labels)
+        # Labels beyond the last one used have no column yet: empty clusters.
+        return F.pad(mass, (0, key.sizes.shape[-1] - mass.shape[-1], 0, query.sizes.shape[-1] - mass.shape[-2]))
 
 
 @dataclass(frozen=True)
