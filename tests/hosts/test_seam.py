@@ -346,3 +346,21 @@ def test_gradients_through_a_compiled_patched_model_are_dense_and_right():
         assert run_of(applied).dense_calls == {"gradients are needed under torch.compile": 2}
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, dense, strict=True))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_offloaded_modules(when):
+    from accelerate import cpu_offload
+
+    model = tiny.build("wan")
+    with torch.no_grad():
+        dense = tiny.run(model, "wan")
+        if when == "before":
+            cpu_offload(model, execution_device=torch.device("cpu"))
+        full = {"top_p": 1.0, "dense_steps": 0, "dense_layers": 0, "kmeans_iter_init": 2, "num_q_centroids": 4}
+        with hf_accel.apply(model, "svg2", **full) as applied:
+            if when == "after":
+                cpu_offload(model, execution_device=torch.device("cpu"))
+            assert torch.allclose(tiny.run(model, "wan"), dense, atol=1e-5)
+            assert run_of(applied).sparse_calls == 2
+        assert torch.equal(tiny.run(model, "wan"), dense)
