@@ -47,7 +47,7 @@ def main() -> int:
 
     from diffusers import WanPipeline
 
-    pipe = WanPipeline.from_pretrained(path("mini-wan"), torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(path("mini-wan"), dtype=torch.float32)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     call = {**native_call(), "num_inference_steps": options.steps}

@@ -32,7 +32,7 @@ def demo(
     from diffusers import WanPipeline
 
     out.mkdir(parents=True, exist_ok=True)
-    pipe = WanPipeline.from_pretrained(path("mini-wan"), torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(path("mini-wan"), dtype=torch.float32)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     call = {"num_inference_steps": steps, **native_call()}
 

@@ -4,7 +4,7 @@ Weights are stored in fp16 to keep the folder below 10 MB. diffusers and transfo
 told otherwise, so a CPU user does nothing special::
 
     pipe = WanPipeline.from_pretrained(folder)                              # fp32
-    pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)  # GPU
+    pipe = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16)  # GPU
 """
 
 from __future__ import annotations
