@@ -18,9 +18,7 @@ COMPUTE_CAPABILITIES = (80, 90, 100)
 def kernel_modules() -> list[str]:
     import hf_accel.kernels
 
-    packages = [
-        m.name for m in pkgutil.iter_modules(hf_accel.kernels.__path__, "hf_accel.kernels.") if m.ispkg
-    ]
+    packages = [m.name for m in pkgutil.iter_modules(hf_accel.kernels.__path__, "hf_accel.kernels.") if m.ispkg]
     return sorted(f"{name}.triton" for name in packages if importlib.util.find_spec(f"{name}.triton"))
 
 

@@ -43,9 +43,7 @@ def compilers():
 @pytest.mark.parametrize("version", ["installed", "3.6.0"])
 def test_kernels_compile(compilers, version):
     if version not in compilers:
-        pytest.fail(
-            f"{OLDEST_TRITON.name}/ is absent, so Triton 3.6.0 cannot be tested: `make test` installs it."
-        )
+        pytest.fail(f"{OLDEST_TRITON.name}/ is absent, so Triton 3.6.0 cannot be tested: `make test` installs it.")
     output, _ = compilers[version].communicate()
     first_line = output.splitlines()[0] if output else ""
     if version != "installed":
