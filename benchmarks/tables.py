@@ -94,8 +94,19 @@ def attention_kernel(data: dict[str, Any]) -> str:
     return f"{machine(data['machine'])}\n\n{table(head, rows)}"
 
 
+def judge(data: dict[str, Any]) -> str:
+    """What mini-wan's videos show of their prompts."""
+    ours, ceiling = data["agreement"], data["agreement_of_rendered_clips"]
+    rows = [[name.replace("_", " "), f"{ours[name]:.2f}", f"{ceiling[name]:.2f}"] for name in ours]
+    return (
+        "Share of what the held-out prompts name that `judge.py` finds in the videos (docs/zoo.md says how, and what "
+        f"chance gives).\n\n{table(['reading', 'mini-wan', 'rendered clips of the same scenes'], rows)}"
+    )
+
+
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("svg2_quality.json", "Quality of svg2 on mini-wan", quality),
+    ("mini_wan_judge.json", "What mini-wan shows of its prompts", judge),
     ("svg2_attention_cpu.json", "Attention time of svg2 on a CPU", svg2_attention),
     ("svg2_attention_gpu.json", "Attention time of svg2 on a GPU", svg2_attention),
     ("variable_block_attention_cpu.json", "Kernel variable_block_attention on a CPU", attention_kernel),

@@ -250,10 +250,10 @@ def _dispatched_attention(
         ).transpose(1, 2)  # fmt: skip
 
     context = active_context()
-    if context is None or _parallel_config is not None or dropout_p:
-        if context is not None:
-            context.run.dense_calls["context parallelism or dropout is on"] += 1
+    if context is None:
         return dense(None).transpose(1, 2)
+    if _parallel_config is not None or dropout_p:
+        return context.run_dense("context parallelism or dropout is on", dense).transpose(1, 2)
     out = context.attend(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
         attn_mask, scale, is_causal, needs_grad, dense,
@@ -287,8 +287,10 @@ def _sdpa_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
         )
 
     context = active_context()
-    if context is None or dropout_p:
+    if context is None:
         return dense(None)
+    if dropout_p:
+        return context.run_dense("dropout is on", dense)
     return context.attend(query, key, value, attn_mask, factor, is_causal, needs_grad, dense)
 
 

@@ -152,6 +152,13 @@ class SeamContext:
         self._ordinal += 1
         return (self.layers[index], item) if index < len(self.layers) else (None, 0)
 
+    def run_dense(self, reason: str, dense: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """A call that no method may take: the layer's native attention, counted under ``reason``."""
+        layer, _ = self._locate()
+        self._calls += 1
+        self.run.dense_calls[reason] += 1
+        return dense(self.native[layer.index] if layer is not None else None)
+
     def attend(
         self,
         query: torch.Tensor,

@@ -218,6 +218,21 @@ def test_a_mask_that_differs_between_queries_runs_dense_and_is_counted():
     assert not run.sparse_calls
 
 
+def test_dropout_in_attention_runs_dense_and_is_counted():
+    model = tiny.build("cogvideox")
+    with torch.no_grad(), hf_accel.apply(model, "svg2", dense_steps=0, dense_layers=0, kmeans_iter_init=2) as applied:
+        tiny.run(model, "cogvideox")
+        sparse = run_of(applied).sparse_calls
+        context = attention_host.context_of(model)
+        context.begin((1, 3, 4, 8, 8), 500.0, (3, 4, 4), None)
+        context.enter_layer(0)
+        q = torch.randn(1, 2, 54, 16)
+        attention_host._sdpa_attention(q, q, q, dropout_p=0.5)
+        context.end(raised=False)
+        assert run_of(applied).dense_calls == {"dropout is on": 1}
+        assert run_of(applied).sparse_calls == sparse
+
+
 def test_users_backend_choice_is_the_dense_path_and_comes_back():
     model = tiny.build("wan")
     model.set_attention_backend("_native_math")
