@@ -12,15 +12,29 @@ def block_summary(
     """Means ``[B, H, n, D]`` and similarities ``[B, H, n]`` in fp32; see the package for the meaning."""
     batch, _, tokens, _ = x.shape
     counts = x.new_ones(batch, tokens, dtype=torch.bool) if key_valid is None else key_valid
-    weight = counts.float()[:, None, :, None]
-    x = x.float()
+    counts = counts[:, None, :, None]
+    weight = counts.float()
+    # What does not count may hold anything, infinities too: it is removed, not multiplied by 0.
+    x = torch.where(counts, x.float(), 0.0)
     if center:
-        x = x - (x * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
-    x = torch.where(counts[:, None, :, None], x, 0.0)
+        x = torch.where(counts, x - x.sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1), 0.0)
     size = blocks(weight, block_size).sum(3).clamp(min=1)
     mean = blocks(x, block_size).sum(3) / size
     direction = blocks(F.normalize(x, dim=-1), block_size).sum(3) / size
     return mean, direction.square().sum(-1)
+
+
+def quantize_blocks(x: torch.Tensor, block_size: int, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """INT8 values ``[B, H, S, D]`` and steps ``[B, H, n]``; see the package for the meaning."""
+    tokens = x.shape[2]
+    x = x.float()
+    if shift is not None:
+        x = x - shift[:, :, None]
+    x = blocks(x, block_size)
+    step = x.abs().amax((-1, -2)) / 127 + 1e-7
+    x = x / step[..., None, None]
+    rounded = (x + torch.where(x >= 0, 0.5, -0.5)).trunc()
+    return rounded.flatten(2, 3)[:, :, :tokens].to(torch.int8).contiguous(), step
 
 
 def blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
