@@ -14,9 +14,11 @@ import torch
 from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config as Settings
+from hf_accel.config import setting
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.hosts import attention as attention_host
 from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.denoisers import Medium
 from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
@@ -47,6 +49,8 @@ class Facts:
     Attributes:
         site: the place in the model it takes.
         needs: what the host must be able to tell it.
+        media: kinds of hosts it is meant for; image hosts have one frame or no grid at all, text hosts are causal
+            language models, where only the prefill is attended by a method.
         backward: gradients flow through it; otherwise calls that need gradients run dense and are counted.
         compile: works in a model under ``torch.compile(fullgraph=True)``.
         batched: handles batch > 1; other calls run dense and are counted.
@@ -59,6 +63,7 @@ class Facts:
 
     site: Site
     needs: frozenset[Need] = frozenset()
+    media: frozenset[Medium] = frozenset({"video"})
     backward: bool = False
     compile: bool = True
     batched: bool = True
@@ -67,6 +72,23 @@ class Facts:
     full_budget: dict[str, Any] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     max_head_dim: int = 256
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig(Settings):
+    """What the settings of every sparse attention method have in common. A method may declare a field again."""
+
+    dense_steps: int | float = setting(0, "first steps that stay dense", share=True)
+    dense_layers: int | float = setting(0, "first layers that stay dense", share=True)
+    on_slow: str = setting(
+        "keep", "where the method is known to be slower than dense: keep it, or run dense", choices=("keep", "dense")
+    )
+    break_even: str = setting(
+        "table",
+        "how to know whether it is slower: the shipped table of this device, a measurement at first use, or not at all",
+        choices=("table", "measure", "off"),
+    )
+    backend: str = setting("auto", "kernels to use", choices=("auto", "triton", "torch"))
 
 
 def conflict(a: type[Method], b: type[Method]) -> str | None:
@@ -131,7 +153,7 @@ class AttentionMethod(Method):
 
     @classmethod
     def why_not(cls, model: Model) -> str | None:
-        return attention_host.why_not(model.module)
+        return attention_host.why_not(model.module, cls.facts.media)
 
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> SeamContext:
         self._check_head_dim(model, report)
@@ -192,7 +214,12 @@ class AttentionRunner:
         return None
 
     def _dense_step(self, call: AttentionCall) -> bool:
-        """A count is a count; a fraction is of the step count where known, else of the fall of the timestep."""
+        """A count is a count; a fraction is of the step count where known, else of the fall of the timestep.
+
+        Training draws noise levels at random: there is no first step, and what is trained is the method.
+        """
+        if call.needs_grad:
+            return False
         share = getattr(self.method.config, "dense_steps", 0)
         if isinstance(share, int) or call.step.count is not None:
             # A count is not cut to a total that may be unknown.

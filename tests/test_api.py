@@ -223,7 +223,7 @@ def test_report_and_stats_are_plain_data(model):
     assert len(entry["density_by_layer_and_head"][1]) == 4
     assert entry["kernels"]["variable_block_attention"]["backend"] == "torch"
     assert "patched   2 x attention through the dispatcher" in text
-    assert "2 x not video self-attention" in text
+    assert "2 x no self-attention over video or image tokens" in text
 
 
 def test_revert_in_any_order_with_independent_sites(model, temporary):

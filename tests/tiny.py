@@ -237,6 +237,85 @@ def _flux_inputs(model, batch=1, size=(1, 8, 8), timestep=500.0, seed=0):
     }
 
 
+def _sd3():
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=12, out_channels=4,
+        pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+
+
+def _sd3_inputs(model, batch=1, size=(1, 8, 8), timestep=500.0, seed=0):
+    return {
+        "hidden_states": _noise(batch, 4, *size[1:], seed=seed),
+        "encoder_hidden_states": _noise(batch, 6, 24, seed=seed + 1),
+        "pooled_projections": _noise(batch, 12, seed=seed + 2),
+        "timestep": torch.full((batch,), timestep),
+    }
+
+
+def _qwen_image():
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=1, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+
+
+def _qwen_image_inputs(model, batch=1, size=(1, 6, 8), timestep=500.0, seed=0):
+    mask = torch.ones(batch, 6, dtype=torch.bool)
+    mask[:, 4:] = False
+    return {
+        "hidden_states": _noise(batch, size[1] * size[2], 4, seed=seed),
+        "encoder_hidden_states": _noise(batch, 6, 24, seed=seed + 1),
+        "encoder_hidden_states_mask": mask,
+        "timestep": torch.full((batch,), timestep / 1000),
+        "img_shapes": [[size]] * batch,
+    }
+
+
+def _pixart():
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2,
+        cross_attention_dim=32, sample_size=8, caption_channels=24, use_additional_conditions=False,
+    )  # fmt: skip
+
+
+def _pixart_inputs(model, batch=1, size=(1, 8, 8), timestep=500.0, seed=0):
+    return {
+        "hidden_states": _noise(batch, 4, *size[1:], seed=seed),
+        "encoder_hidden_states": _noise(batch, 6, 24, seed=seed + 1),
+        "timestep": torch.full((batch,), timestep),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def _unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24, attention_head_dim=2, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def _unet_inputs(model, batch=1, size=(1, 8, 8), timestep=500.0, seed=0):
+    return {
+        "sample": _noise(batch, 4, *size[1:], seed=seed),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": _noise(batch, 6, 24, seed=seed + 1),
+    }
+
+
+IMAGES = ("flux", "sd3", "qwen-image", "pixart", "unet")
+
 TINY: dict[str, Tiny] = {
     "wan": Tiny(_wan, _wan_inputs, 2),
     "wan-i2v": Tiny(lambda: _wan(image=True), _wan_inputs, 2),
@@ -249,6 +328,10 @@ TINY: dict[str, Tiny] = {
     "mochi": Tiny(_mochi, _mochi_inputs, 2),
     "cosmos": Tiny(_cosmos, _cosmos_inputs, 2),
     "flux": Tiny(_flux, _flux_inputs, 3),
+    "sd3": Tiny(_sd3, _sd3_inputs, 3),
+    "qwen-image": Tiny(_qwen_image, _qwen_image_inputs, 2),
+    "pixart": Tiny(_pixart, _pixart_inputs, 2),
+    "unet": Tiny(_unet, _unet_inputs, 7),
 }
 
 

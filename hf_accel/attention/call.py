@@ -106,6 +106,12 @@ class AttentionCall:
     item: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def needs_grad(self) -> bool:
+        """Whether gradients must flow through this call."""
+        tensors = (self.query, self.key, self.value)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
     def fallback(self, reason: str) -> torch.Tensor:
         """Run dense attention and count it under ``reason`` in the report."""
         self.notes["fallback"] = reason

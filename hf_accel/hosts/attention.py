@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
 import types
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -26,8 +24,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from hf_accel.errors import NothingPatched
+from hf_accel.hosts import language
 from hf_accel.hosts.clock import Announcement, Clock
-from hf_accel.hosts.denoisers import DENOISERS, describe
+from hf_accel.hosts.denoisers import DENOISERS, Medium, describe
+from hf_accel.hosts.registration import SharedRegistration
 from hf_accel.hosts.seam import (
     AttentionCore,
     EndHook,
@@ -44,12 +44,17 @@ from hf_accel.report import MethodReport, Patched, RunStatistics, Skipped
 BACKEND_NAME = "hf_accel"
 
 
-def why_not(module: torch.nn.Module) -> str | None:
-    """Why this model has no attention seam, in words; None if it has."""
-    if describe(module) is None:
+def why_not(module: torch.nn.Module, media: Collection[Medium] = ("video",)) -> str | None:
+    """Why this model has no attention seam for a method of these media, in words; None if it has."""
+    spec = describe(module)
+    if spec is None and "text" in media and kind(module) == "language model":
+        return language.why_not(module)
+    if spec is None or spec.medium not in media:
+        names = ", ".join(sorted(name for name, entry in DENOISERS.items() if entry.medium in media))
+        what = kind(module) if spec is None else f"{kind(module)} of {spec.medium} tokens"
         return (
-            f"{type(module).__name__} is a {kind(module)}; video self-attention with a known token grid is found in "
-            f"{', '.join(sorted(DENOISERS))}"
+            f"{type(module).__name__} is a {what}; {' and '.join(m for m in ('video', 'image') if m in media)} "
+            f"self-attention is found in {names}"
         )
     if context_of(module) is not None:
         return "its attention is already taken by another hf_accel method"
@@ -57,12 +62,14 @@ def why_not(module: torch.nn.Module) -> str | None:
 
 
 def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodReport, clock: Clock) -> SeamContext:
-    """Route the video self-attentions of ``model`` through ``core``.
+    """Route the self-attentions of ``model`` over video, image or text tokens through ``core``.
 
     Raises:
         NothingPatched: the class is known, but none of its attentions can be reached.
     """
     spec = describe(model.module)
+    if spec is None and kind(model.module) == "language model":
+        return language.install(model, core, ledger, report, clock)
     if spec is None:
         raise NothingPatched(f"{model.class_name}: {why_not(model.module)}.")
     found = spec.attentions(model.module)
@@ -95,7 +102,9 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
         report.patched.append(Patched(model.name, name, how))
     others = [n for n, m in model.module.named_modules() if getattr(m, "processor", None) is not None]
     taken = {name for name, _ in found}
-    report.skipped += [Skipped(model.name, n, "not video self-attention") for n in others if n not in taken]
+    report.skipped += [
+        Skipped(model.name, n, "no self-attention over video or image tokens") for n in others if n not in taken
+    ]
     ledger.pre_hook(model.module, RootHook(context))
     ledger.post_hook(model.module, EndHook(context))
     if hasattr(model.module, "cache_context"):
@@ -156,39 +165,6 @@ def _resetting_stateful_cache(self: torch.nn.Module, *args: Any, **kwargs: Any) 
 
 
 # -- processors that call the dispatcher ---------------------------------------------------------------------------
-
-
-_HELD: dict[Any, tuple[int, Callable[[], None]]] = {}
-_HELD_LOCK = threading.Lock()
-
-
-class SharedRegistration:
-    """An entry in a registry of diffusers that any number of patched models need: made by the first holder, removed
-    with the last. A deep copy of a model holds it too; a model that is garbage-collected lets go.
-
-    Args:
-        key: what is shared.
-        register: makes the entry and returns the function that removes it.
-    """
-
-    def __init__(self, key: Any, register: Callable[[], Callable[[], None]]):
-        self.key, self.register = key, register
-        with _HELD_LOCK:
-            count, remove = _HELD[key] if key in _HELD else (0, register())
-            _HELD[key] = (count + 1, remove)
-        self.release = weakref.finalize(self, _let_go, key)
-
-    def __deepcopy__(self, memo: dict) -> SharedRegistration:
-        return SharedRegistration(self.key, self.register)
-
-
-def _let_go(key: Any) -> None:
-    with _HELD_LOCK:
-        count, remove = _HELD.pop(key)
-        if count > 1:
-            _HELD[key] = (count - 1, remove)
-        else:
-            remove()
 
 
 @functools.cache

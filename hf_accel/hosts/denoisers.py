@@ -1,5 +1,5 @@
-"""What differs between diffusers denoisers: which attentions are self-attention over video tokens, how the token
-grid is read from a forward call, where text stands. One small table entry per class, nothing else per model.
+"""What differs between diffusers denoisers: which attentions are self-attention over video or image tokens, how
+the token grid is read from a forward call, where text stands. One small table entry per class, nothing else per model.
 
 Sequence layouts and argument shapes: see ``docs/hosts.md``. A class that is not in the table has no token grid for us.
 """
@@ -17,6 +17,7 @@ from hf_accel.attention.call import TextPlace
 
 Arguments = Mapping[str, Any]
 Dims = tuple[int, int, int]
+Medium = Literal["video", "image", "text"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Denoiser:
         mask: ``"keys"``: the mask hides keys only. ``"outer"``: it is valid_i & valid_j, so that its first row
             (a video token, always valid) is the key mask.
         per_item: attention is called once per batch item.
+        medium: what the tokens show.
+        levels: attention runs at several resolutions, each half the one before (U-Nets); ``dims`` is of the finest.
     """
 
     self_attention: tuple[str, ...]
@@ -41,6 +44,13 @@ class Denoiser:
     ids: str | None = None
     mask: Literal["keys", "outer"] = "keys"
     per_item: bool = False
+    medium: Medium = "video"
+    levels: bool = False
+
+    @property
+    def latents(self) -> str:
+        """Name of the forward's first argument, the noisy latents."""
+        return self.order[0]
 
     def arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Positional and named arguments of a forward as one mapping."""
@@ -107,9 +117,49 @@ def dims_from_ids(ids: torch.Tensor, tokens: int) -> Dims | None:
     return (1, height, width) if height * width == tokens == ids.shape[0] else None
 
 
+def _image(module: Any, arguments: Arguments) -> Dims:
+    """``[B, C, H, W]`` with ``config.patch_size`` (SD3, PixArt)."""
+    p = module.config.patch_size
+    height, width = arguments["hidden_states"].shape[-2:]
+    return 1, height // p, width // p
+
+
+def _qwen(module: Any, arguments: Arguments) -> Dims | None:
+    """Packed ``[B, S, C]``; ``img_shapes`` has (frames, height, width) per item, or a list of them per item. Edit
+    pipelines append the tokens of further images, and items may differ in size: then there is no grid."""
+    shapes = [tuple(item) if isinstance(item, tuple) else item for item in arguments.get("img_shapes") or ()]
+    firsts = {tuple(s) if isinstance(s, tuple) else tuple(s[0]) if len(s) == 1 else () for s in shapes}
+    if len(firsts) != 1:
+        return None
+    dims = firsts.pop()
+    return (dims[0], dims[1], dims[2]) if len(dims) == 3 else None
+
+
+def _unet(module: Any, arguments: Arguments) -> Dims:
+    """``[B, C, H, W]``, or with frames, which a U-Net's spatial attention sees as batch items."""
+    height, width = arguments["sample"].shape[-2:]
+    return 1, height, width
+
+
+def level_of(dims: Dims, tokens: int) -> Dims | None:
+    """The resolution of a U-Net at which there are so many tokens, or None: each level halves, rounding up."""
+    frames, height, width = dims
+    while frames * height * width > tokens and height * width > 1:
+        height, width = -(-height // 2), -(-width // 2)
+    return (frames, height, width) if frames * height * width == tokens else None
+
+
 _WAN_BLOCKS = (r"blocks\.\d+\.attn1",)
 _HUNYUAN_BLOCKS = (r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn")
 _DIT_BLOCKS = (r"transformer_blocks\.\d+\.attn1",)
+# In execution order; `mid_block` comes after `up_blocks` among a U-Net's children.
+_UNET_BLOCKS = tuple(
+    part + r"\.attentions\.\d+\.transformer_blocks\.\d+\.attn1"
+    for part in (r"down_blocks\.\d+", r"mid_block", r"up_blocks\.\d+")
+)
+_UNET = Denoiser(
+    _UNET_BLOCKS, _unet, order=("sample", "timestep", "encoder_hidden_states"), medium="image", levels=True
+)
 
 DENOISERS: dict[str, Denoiser] = {
     "WanTransformer3DModel": Denoiser(_WAN_BLOCKS, _triple),
@@ -137,7 +187,28 @@ DENOISERS: dict[str, Denoiser] = {
         text="first",
         order=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
         ids="img_ids",
+        medium="image",
     ),
+    "SD3Transformer2DModel": Denoiser(
+        (r"transformer_blocks\.\d+\.attn2?",),
+        _image,
+        text="last",
+        order=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+        medium="image",
+    ),
+    "QwenImageTransformer2DModel": Denoiser(
+        _HUNYUAN_BLOCKS[:1],
+        _qwen,
+        text="first",
+        order=("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes"),
+        medium="image",
+    ),
+    "PixArtTransformer2DModel": Denoiser(
+        _DIT_BLOCKS, _image, order=("hidden_states", "encoder_hidden_states", "timestep"), medium="image"
+    ),
+    "UNet2DConditionModel": _UNET,
+    "UNetMotionModel": _UNET,
+    "UNetSpatioTemporalConditionModel": _UNET,
 }
 
 

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 
 import torch
 
-from hf_accel.attention.call import AttentionCall, Layer, TokenGrid
+from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.hosts.clock import Clock, read_timestep
-from hf_accel.hosts.denoisers import Denoiser, dims_from_ids
+from hf_accel.hosts.denoisers import Denoiser, dims_from_ids, level_of
 from hf_accel.report import RunStatistics
 
 
@@ -85,12 +85,17 @@ class SeamContext:
     def __deepcopy__(self, memo: dict) -> SeamContext:
         import copy
 
-        twin = object.__new__(SeamContext)
+        twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_outer"})
         twin._outer = None
         twin._adopt_key()
         return twin
+
+    @property
+    def step(self) -> Step | None:
+        """Where the forward that runs now stands; None outside of one."""
+        return self.clock.step
 
     def begin(
         self,
@@ -110,8 +115,12 @@ class SeamContext:
             self._generation = step.generation
             self.run.begin_generation()
             self.core.reset()
+        self._enter(shape[0])
+
+    def _enter(self, batch: int) -> None:
+        """Layers are counted from here on, and belong to this context."""
         self.run.forwards += 1
-        self._batch, self._ordinal, self._item, self._calls = shape[0], 0, 0, 0
+        self._batch, self._ordinal, self._item, self._calls = batch, 0, 0, 0
         self._outer = _ACTIVE.context if _ACTIVE.context is not self else None
         _ACTIVE.context, _ACTIVE.layer = self, None
 
@@ -152,6 +161,12 @@ class SeamContext:
         self._ordinal += 1
         return (self.layers[index], item) if index < len(self.layers) else (None, 0)
 
+    def _grid_for(self, tokens: int) -> TokenGrid | None:
+        if self.grid is None or not self.spec.levels:
+            return self.grid
+        dims = level_of((self.grid.frames, self.grid.height, self.grid.width), tokens)
+        return TokenGrid(*dims, text=self.spec.text) if dims is not None else None
+
     def run_dense(self, reason: str, dense: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         """A call that no method may take: the layer's native attention, counted under ``reason``."""
         layer, _ = self._locate()
@@ -179,7 +194,7 @@ class SeamContext:
         if layer is None:
             self.run.dense_calls["more attention calls than patched layers in one forward"] += 1
             return dense(None)
-        step = self.clock.step
+        step = self.step
         if step is None:
             self.run.dense_calls["called outside a forward of the model"] += 1
             return dense(self.native[layer.index])
@@ -193,7 +208,7 @@ class SeamContext:
             scale,
             causal,
             layer,
-            self.grid,
+            self._grid_for(query.shape[2]),
             step,
             lambda: dense(self.native[layer.index]),
             item,
@@ -203,7 +218,8 @@ class SeamContext:
                 out = call.fallback("gradients are needed and the method has no backward")
             else:
                 out = self.core.attend(call)
-        self.run.record(layer.index, step.index, step.branch, call.notes)
+        if not in_backward():  # gradient checkpointing repeats calls
+            self.run.record(layer.index, step.index, step.branch, call.notes)
         return out
 
 
@@ -216,14 +232,14 @@ class RootHook:
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         spec = self.context.spec
         arguments = spec.arguments(args, kwargs)
-        hidden, timestep = arguments["hidden_states"], arguments.get("timestep")
+        hidden, timestep = arguments[spec.latents], arguments.get("timestep")
         dims = spec.dims(module, arguments)
         ids = arguments.get(spec.ids) if spec.ids is not None else None
         if torch.compiler.is_compiling():
             level = timestep if isinstance(timestep, torch.Tensor) else torch.as_tensor(timestep)
             marked = torch.ops.hf_accel.begin_forward(hidden, level, ids, list(dims or ()), self.context.key)
-            if "hidden_states" in kwargs:
-                return args, {**kwargs, "hidden_states": marked}
+            if spec.latents in kwargs:
+                return args, {**kwargs, spec.latents: marked}
             return (marked, *args[1:]), kwargs
         prompt = arguments.get("encoder_hidden_states")
         self.context.begin(tuple(hidden.shape), timestep, dims, ids, prompt)
@@ -250,6 +266,11 @@ class LayerHook:
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             self.context.enter_layer(self.index)
+
+
+def in_backward() -> bool:
+    """Whether autograd's backward pass runs in this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def active_context() -> SeamContext | None:

@@ -29,6 +29,7 @@ class Dense(AttentionMethod):
     summary = "the host's own attention through the seam: the baseline for measuring"
     facts = Facts(
         site="attention",
+        media=frozenset({"video", "image", "text"}),
         backward=True,
         causal=True,
         exact=True,

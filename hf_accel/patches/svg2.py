@@ -31,18 +31,18 @@ import torch
 from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.layout import density
 from hf_accel.attention.selectors import centroid_map, top_p
-from hf_accel.config import Config, setting
+from hf_accel.config import setting
 from hf_accel.kernels.kmeans import KMeansResult, kmeans
 from hf_accel.kernels.kmeans import backend_for as kmeans_backend
 from hf_accel.kernels.permute import gather_rows
 from hf_accel.kernels.variable_block_attention import backend_for as attention_backend
 from hf_accel.kernels.variable_block_attention import variable_block_attention
-from hf_accel.method import AttentionMethod, Facts
+from hf_accel.method import AttentionMethod, Facts, SparseAttentionConfig
 from hf_accel.registry import register
 
 
 @dataclass(frozen=True)
-class SVG2Config(Config):
+class SVG2Config(SparseAttentionConfig):
     """Settings of :class:`SVG2`. Names follow the released code; defaults are its 720p scripts for Wan 2.1."""
 
     METHOD = "svg2"
@@ -56,7 +56,6 @@ class SVG2Config(Config):
     zero_step_kmeans_init: bool = setting(False, "cluster from step 0 on, during the dense steps")
     dense_steps: int | float = setting(0.2, "first steps that stay dense", share=True)
     dense_layers: int | float = setting(0.03, "first layers that stay dense", share=True)
-    backend: str = setting("auto", "kernels to use", choices=("auto", "triton", "torch"))
 
 
 @dataclass
@@ -77,6 +76,7 @@ class SVG2(AttentionMethod):
     facts = Facts(
         site="attention",
         needs=frozenset({"token grid", "step", "text span"}),
+        media=frozenset({"video", "image"}),
         full_budget={"top_p": 1.0, "dense_steps": 0, "dense_layers": 0},
     )
     Config = SVG2Config

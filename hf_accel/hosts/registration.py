@@ -1,0 +1,40 @@
+"""Entries in registries of host libraries that several patched models share."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+_HELD: dict[Any, tuple[int, Callable[[], None]]] = {}
+_HELD_LOCK = threading.Lock()
+
+
+class SharedRegistration:
+    """An entry in a registry of diffusers that any number of patched models need: made by the first holder, removed
+    with the last. A deep copy of a model holds it too; a model that is garbage-collected lets go.
+
+    Args:
+        key: what is shared.
+        register: makes the entry and returns the function that removes it.
+    """
+
+    def __init__(self, key: Any, register: Callable[[], Callable[[], None]]):
+        self.key, self.register = key, register
+        with _HELD_LOCK:
+            count, remove = _HELD[key] if key in _HELD else (0, register())
+            _HELD[key] = (count + 1, remove)
+        self.release = weakref.finalize(self, _let_go, key)
+
+    def __deepcopy__(self, memo: dict) -> SharedRegistration:
+        return SharedRegistration(self.key, self.register)
+
+
+def _let_go(key: Any) -> None:
+    with _HELD_LOCK:
+        count, remove = _HELD.pop(key)
+        if count > 1:
+            _HELD[key] = (count - 1, remove)
+        else:
+            remove()
