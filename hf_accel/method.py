@@ -6,11 +6,12 @@ Composition is derived from the facts (:func:`conflict`), never from lists of fr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from hf_accel import break_even
 from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config as Settings
@@ -57,6 +58,8 @@ class Facts:
         causal: an attention method that honours a causal mask; others run dense there.
         exact: computes the unpatched result (to rounding) at every setting.
         full_budget: settings at which an approximate method equals the unpatched model.
+        budget: the setting that dials the density, all else equal; density rises or falls with it. Benchmarks search
+            along it, the break-even table is keyed by it. None: no single setting does.
         dtypes: accepted by its kernels; calls in others run dense and are counted.
         max_head_dim: of its GPU kernels; larger heads take the torch form, and the report says so.
     """
@@ -70,6 +73,7 @@ class Facts:
     causal: bool = False
     exact: bool = False
     full_budget: dict[str, Any] = field(default_factory=dict)
+    budget: str | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     max_head_dim: int = 256
 
@@ -188,6 +192,7 @@ class AttentionRunner:
             return call.fallback("dense layer (dense_layers)")
         if "token grid" in self.method.facts.needs:
             if call.grid is None:
+        self._verdicts: dict[Any, break_even.Verdict] = {}
                 return call.fallback("the token grid of this forward is unknown")
             lengths = call.query.shape[2], call.key.shape[2]
             if lengths[0] != lengths[1] or call.grid.video_span(lengths[0]) is None:
@@ -203,6 +208,8 @@ class AttentionRunner:
         return self.method.attend(call, self._states[key])
 
     def _cannot(self, call: AttentionCall) -> str | None:
+        if self._slower_than_dense(call):
+            return call.fallback("slower than dense at this shape (on_slow)")
         """Why the method's declared facts exclude this call, or None."""
         facts = self.method.facts
         if call.causal and not facts.causal:
@@ -222,6 +229,41 @@ class AttentionRunner:
             return False
         share = getattr(self.method.config, "dense_steps", 0)
         if isinstance(share, int) or call.step.count is not None:
+    def _slower_than_dense(self, call: AttentionCall) -> bool:
+        """Ask once per shape, note the answer once; whether it means that this call runs dense."""
+        config = self.method.config
+        mode = getattr(config, "break_even", "off")
+        if mode == "off":
+            return False
+        key = call.query.device, call.query.dtype, call.query.shape, call.key.shape, call.causal
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            verdict = self._verdict(call, mode)
+            if len(self._verdicts) >= 64:  # a server of many resolutions; asking again costs little
+                self._verdicts.clear()
+            self._verdicts[key] = verdict
+            call.notes["break_even"] = verdict.words
+        return verdict.slower and getattr(config, "on_slow", "keep") == "dense"
+
+    def _verdict(self, call: AttentionCall, mode: str) -> break_even.Verdict:
+        method, device = self.method, call.query.device
+        if mode == "table":
+            settings = method.config.to_dict()["settings"]
+            return break_even.look_up(method.name, settings, method.facts.budget, break_even.Shape.of(call.query))
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return break_even.Verdict(None, f"{method.name} against dense: not measured inside a CUDA graph capture")
+        # A trial has notes and state of its own, so that the generation goes on as if it had never been.
+        query, key, value = (x.detach() for x in (call.query, call.key, call.value))
+        trial = replace(call, query=query, key=key, value=value, notes={})
+        state = method.new_state()
+        tokens = query.shape[2]
+        with torch.no_grad():
+            ratio = break_even.measure(call.dense, lambda: method.attend(trial, state), device)
+        if "fallback" in trial.notes:
+            why = f"it runs dense here ({trial.notes['fallback']})"
+            return break_even.Verdict(None, f"{method.name} against dense at {tokens} tokens: {why}")
+        return break_even.verdict_of(method.name, tokens, ratio, "measured here, forward only")
+
             # A count is not cut to a total that may be unknown.
             return call.step.index < self._resolve("dense_steps", call.step.count or call.step.index + 1)
         return call.step.progress < share

@@ -84,6 +84,7 @@ class RunStatistics:
     dense_calls: Counter[str] = field(default_factory=Counter)
     kernels: dict[str, tuple[str, str]] = field(default_factory=dict)
     densities: list[LayerDensity] = field(default_factory=list)
+    break_even: list[str] = field(default_factory=list)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     _past_density: float = 0.0
     _past_calls: int = 0
@@ -91,6 +92,8 @@ class RunStatistics:
     def record(self, layer: int, step: int, branch: str, notes: dict[str, Any]) -> None:
         """Take over the notes of one attention call."""
         self.kernels.update(notes.get("kernels", {}))
+        if "break_even" in notes:
+            self.break_even.append(notes["break_even"])
         reason = notes.get("fallback")
         if reason is not None:
             self.dense_calls[reason] += 1
@@ -141,6 +144,7 @@ class RunStatistics:
             "mean_density": self.mean_density,
             "density_by_layer_and_head": self.density_by_layer_and_head(),
             "kernels": {op: {"backend": b, "reason": r} for op, (b, r) in self.kernels.items()},
+            "break_even": list(self.break_even),
             "attention_seconds": self.stopwatch.seconds,
         }
 
@@ -193,7 +197,8 @@ class MethodReport:
             )
             lines += [f"  dense     {n} x {reason}" for reason, n in run.dense_calls.most_common()]
             lines += [f"  kernel    {op}: {backend} ({why})" for op, (backend, why) in sorted(run.kernels.items())]
-        lines += [f"  note      {note}" for note in self.notes]
+        notes = [*self.notes, *(self.run.break_even if self.run is not None else [])]
+        lines += [f"  note      {note}" for note in notes]
         return "\n".join(lines)
 
 

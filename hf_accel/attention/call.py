@@ -90,7 +90,8 @@ class AttentionCall:
             "token grid" only see calls whose grid fits the sequence.
         item: 0, or the batch item where the host calls attention once per item (Mochi).
         dense: runs what the host would have run; returns ``[B, H, Sq, D]``.
-        notes: where the call writes what happened (``density``, ``kernel``, ``fallback``); read by the report.
+        notes: where the call writes what happened (``density``, ``kernels``, ``fallback``, ``break_even``); read by the
+            report.
     """
 
     query: torch.Tensor

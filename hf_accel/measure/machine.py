@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from hf_accel.break_even import device_name
+
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft")
 
 
@@ -38,7 +40,11 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
         }
     else:
-        record |= {"device": _cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+        record |= {
+            "device": device_name(torch.device("cpu")),
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        }
         # A loaded machine spoils ratios, not only times: small calls wait for threads that are not running.
         record["load_average"] = round(os.getloadavg()[0], 2)
     return record
@@ -59,10 +65,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -78,6 +78,7 @@ class SVG2(AttentionMethod):
         needs=frozenset({"token grid", "step", "text span"}),
         media=frozenset({"video", "image"}),
         full_budget={"top_p": 1.0, "dense_steps": 0, "dense_layers": 0},
+        budget="top_p",
     )
     Config = SVG2Config
     config: SVG2Config
