@@ -42,9 +42,10 @@ from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched, RunStatistics, Skipped
 
 BACKEND_NAME = "hf_accel"
+TRAINABLE_NAME = "hf_accel_trainable"  # of methods through which gradients flow
 
 
-def why_not(module: torch.nn.Module, media: Collection[Medium] = ("video",)) -> str | None:
+def why_not(module: torch.nn.Module, media: Collection[Medium] = frozenset({"video"})) -> str | None:
     """Why this model has no attention seam for a method of these media, in words; None if it has."""
     spec = describe(module)
     if spec is None and "text" in media and kind(module) == "language model":
@@ -96,7 +97,7 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
             _patch_dispatch(attention, index, context, ledger, clone=id(attention.processor) in shared)
             how = "attention through the dispatcher"
         else:
-            _patch_sdpa(attention, ledger)
+            _patch_sdpa(attention, context, ledger)
             how = "attention through scaled_dot_product_attention"
         ledger.pre_hook(attention, LayerHook(context, index))
         report.patched.append(Patched(model.name, name, how))
@@ -168,20 +169,20 @@ def _resetting_stateful_cache(self: torch.nn.Module, *args: Any, **kwargs: Any) 
 
 
 @functools.cache
-def _private_member() -> Any:
+def _private_member(name: str) -> Any:
     """A member of diffusers' closed backend enum that is not in the enum's own tables."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    member = str.__new__(AttentionBackendName, BACKEND_NAME)
-    member._name_ = member._value_ = BACKEND_NAME
+    member = str.__new__(AttentionBackendName, name)
+    member._name_ = member._value_ = name
     return member
 
 
-def _register_backend() -> Callable[[], None]:
+def _register_backend(name: str) -> Callable[[], None]:
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
-    member = _private_member()
-    registry.register(member)(_dispatched_attention)
+    member = _private_member(name)
+    registry.register(member)(_trainable_attention if name == TRAINABLE_NAME else _dispatched_attention)
 
     def remove() -> None:
         for table in (registry._backends, registry._constraints, registry._supported_arg_names):
@@ -191,13 +192,14 @@ def _register_backend() -> Callable[[], None]:
 
 
 def _patch_dispatch(attention: torch.nn.Module, index: int, context: SeamContext, ledger: Ledger, clone: bool) -> None:
-    ledger.hold(SharedRegistration(BACKEND_NAME, _register_backend))
+    name = TRAINABLE_NAME if context.core.differentiable else BACKEND_NAME
+    ledger.hold(SharedRegistration(name, functools.partial(_register_backend, name)))
     if clone:
         ledger.set(attention, "processor", copy.copy(attention.processor))
     processor: Any = attention.processor
     context.native[index] = processor._attention_backend
-    ledger.set(processor, "_attention_backend", _private_member())
-    context.members.append((processor, _private_member()))
+    ledger.set(processor, "_attention_backend", _private_member(name))
+    context.members.append((processor, _private_member(name)))
 
 
 def _dispatched_attention(
@@ -213,7 +215,7 @@ def _dispatched_attention(
 ):
     """The private backend. ``[B, S, H, D]`` in and out; diffusers passes the arguments it finds by name."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    needs_grad = gradients_needed(query, key, value)
     if torch.compiler.is_compiling() and _parallel_config is None and not dropout_p:
         return torch.ops.hf_accel.attend(query, key, value, attn_mask, scale, is_causal, enable_gqa, False, needs_grad)
 
@@ -237,23 +239,52 @@ def _dispatched_attention(
     return out.transpose(1, 2)
 
 
+def _trainable_attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    _parallel_config=None,
+):
+    """The private backend of a method that gradients flow through. An opaque operator would have to know the method's
+    backward and its parameters, so in a compiled model a call that needs gradients leaves the graph."""
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config)
+    if torch.compiler.is_compiling() and gradients_needed(query, key, value):
+        return _outside_the_graph(_dispatched_attention, *arguments)
+    return _dispatched_attention(*arguments)
+
+
+@torch.compiler.disable
+def _outside_the_graph(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
 # -- processors that call scaled_dot_product_attention -------------------------------------------------------------
 
 
 class _SdpaMode(TorchFunctionMode):
     """Sends ``F.scaled_dot_product_attention`` to the seam while a patched processor runs."""
 
+    def __init__(self, trainable: bool):
+        super().__init__()
+        self.trainable = trainable
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return _sdpa_attention(*args, **kwargs)
+            attention = _trainable_sdpa_attention if self.trainable else _sdpa_attention
+            return attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 def _sdpa_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Same arguments as ``F.scaled_dot_product_attention``; ``[B, H, S, D]``."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    needs_grad = gradients_needed(query, key, value)
     if torch.compiler.is_compiling() and not dropout_p:
         return torch.ops.hf_accel.attend(query, key, value, attn_mask, factor, is_causal, enable_gqa, True, needs_grad)
 
@@ -270,8 +301,18 @@ def _sdpa_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     return context.attend(query, key, value, attn_mask, factor, is_causal, needs_grad, dense)
 
 
+def _trainable_sdpa_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """:func:`_sdpa_attention` for a method that gradients flow through; see :func:`_trainable_attention`."""
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if torch.compiler.is_compiling() and gradients_needed(query, key, value):
+        return _outside_the_graph(_sdpa_attention, *arguments)
+    return _sdpa_attention(*arguments)
+
+
 @functools.cache
-def _patched_class(base: type) -> type:
+def _patched_class(base: type, trainable: bool) -> type:
     """Subclass of a processor's class that runs the original ``__call__`` inside the mode.
 
     ``functools.wraps`` keeps the signature, by which diffusers filters the arguments it passes.
@@ -280,17 +321,17 @@ def _patched_class(base: type) -> type:
 
     @functools.wraps(original)
     def call(self, *args, **kwargs):
-        with _SdpaMode():
+        with _SdpaMode(trainable):
             return original(self, *args, **kwargs)
 
     return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
 
 
-def _register_processor(base: type) -> Callable[[], None]:
+def _register_processor(base: type, trainable: bool) -> Callable[[], None]:
     """diffusers' hooks look processors up by exact class: give the patched class the entry of the original."""
     from diffusers.hooks._helpers import AttentionProcessorRegistry
 
-    patched = _patched_class(base)
+    patched = _patched_class(base, trainable)
     try:
         AttentionProcessorRegistry.register(patched, AttentionProcessorRegistry.get(base))
     except ValueError:  # the original has no entry either
@@ -298,16 +339,22 @@ def _register_processor(base: type) -> Callable[[], None]:
     return lambda: AttentionProcessorRegistry._registry.pop(patched, None)
 
 
-def _patch_sdpa(attention: torch.nn.Module, ledger: Ledger) -> None:
+def _patch_sdpa(attention: torch.nn.Module, context: SeamContext, ledger: Ledger) -> None:
     processor: Any = attention.processor
     base: Any = type(processor)
     twin = copy.copy(processor)
-    twin.__class__ = _patched_class(base)
-    ledger.hold(SharedRegistration(base, functools.partial(_register_processor, base)))
+    trainable = context.core.differentiable
+    twin.__class__ = _patched_class(base, trainable)
+    ledger.hold(SharedRegistration((base, trainable), functools.partial(_register_processor, base, trainable)))
     ledger.set(attention, "processor", twin)
 
 
 # -- the opaque operator under torch.compile -----------------------------------------------------------------------
+
+
+def gradients_needed(*tensors: torch.Tensor) -> bool:
+    """Whether autograd would record an operation on these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _reference(query, key, value, mask, scale, causal, gqa, heads_first):
@@ -333,7 +380,7 @@ def _attend(
     context = active_context()
     if context is None or needs_grad:
         if context is not None:
-            context.run.dense_calls["gradients are needed under torch.compile"] += 1
+            context.run.dense_calls["gradients are needed and the method has no backward"] += 1
         out = _reference(query, key, value, mask, scale, causal, gqa, heads_first)
     elif heads_first:
         out = context.attend(

@@ -108,8 +108,9 @@ class LanguageContext(SeamContext):
     ) -> torch.Tensor:
         if query.shape[2] == 1:
             return self.run_dense("decoding: one query", dense)
-        if mask is None:
-            return super().attend(query, key, value, None, scale, causal, needs_grad, dense)
+        if mask is None:  # transformers then means query i to see keys up to i: the rest of a static cache is empty
+            keys = query.shape[2] if causal else key.shape[2]
+            return super().attend(query, key[:, :, :keys], value[:, :, :keys], None, scale, causal, needs_grad, dense)
         split = self._causal_part(mask)
         if split is None:
             return self.run_dense("a mask that is not causal with hidden keys (a sliding window, packed texts)", dense)
@@ -182,7 +183,7 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
     run = RunStatistics()
     report.run = run
     context = LanguageContext([name for name, _ in found], core, clock, run)
-    implementation = model.module.config._attn_implementation  # type: ignore[union-attr]
+    implementation: str = model.module.config._attn_implementation  # type: ignore[union-attr, assignment]
     ledger.hold(SharedRegistration(PREFIX + implementation, functools.partial(_register, implementation)))
     configs = {id(config): config for config in (model.module.config, *(sub.config for _, sub in found))}
     for config in configs.values():
@@ -245,10 +246,7 @@ def _attention(
     def dense(_: Any) -> torch.Tensor:
         return native(module, query, key, value, attention_mask, **kwargs)[0].transpose(1, 2)
 
-    reason = _alters(kwargs)
-    if reason is None and key.shape[2] != query.shape[2] and attention_mask is None and query.shape[2] > 1:
-        reason = "a cache of another length without a mask"
-    if reason is not None:
+    if (reason := _alters(kwargs)) is not None:
         return context.run_dense(reason, dense).transpose(1, 2), None
     out = context.attend(query, key, value, attention_mask, scale, causal, needs_grad, dense)
     return out.transpose(1, 2), None

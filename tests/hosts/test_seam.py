@@ -358,7 +358,27 @@ def test_gradients_through_a_compiled_patched_model_are_dense_and_right():
     dense = gradients(model)
     with hf_accel.apply(model, "svg2", dense_steps=0, dense_layers=0) as applied:
         ours = gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
-        assert run_of(applied).dense_calls == {"gradients are needed under torch.compile": 2}
+        assert run_of(applied).dense_calls == {"gradients are needed and the method has no backward": 2}
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, dense, strict=True))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "unet"])
+def test_gradients_through_a_compiled_model_reach_a_method_that_has_a_backward(family):
+    torch._dynamo.reset()
+    model = tiny.build(family)
+
+    def gradients(module):
+        model.zero_grad()
+        tiny.run(module, family).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    dense = gradients(model)
+    with hf_accel.apply(model, "dense") as applied:
+        ours = gradients(torch.compile(model, backend="aot_eager"))
+        run = run_of(applied)
+    assert run.sparse_calls == tiny.TINY[family].layers
+    assert not run.dense_calls
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, dense, strict=True))
     torch._dynamo.reset()
 
