@@ -254,13 +254,10 @@ def _trainable_attention(
     backward and its parameters, so in a compiled model a call that needs gradients leaves the graph."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config)
     if torch.compiler.is_compiling() and gradients_needed(query, key, value):
-        return _outside_the_graph(_dispatched_attention, *arguments)
+        from hf_accel.hosts.outside import outside_the_graph
+
+        return outside_the_graph(_dispatched_attention, *arguments)
     return _dispatched_attention(*arguments)
-
-
-@torch.compiler.disable
-def _outside_the_graph(function: Callable, *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 # -- processors that call scaled_dot_product_attention -------------------------------------------------------------
@@ -307,7 +304,9 @@ def _trainable_sdpa_attention(
     """:func:`_sdpa_attention` for a method that gradients flow through; see :func:`_trainable_attention`."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if torch.compiler.is_compiling() and gradients_needed(query, key, value):
-        return _outside_the_graph(_sdpa_attention, *arguments)
+        from hf_accel.hosts.outside import outside_the_graph
+
+        return outside_the_graph(_sdpa_attention, *arguments)
     return _sdpa_attention(*arguments)
 
 
