@@ -88,6 +88,8 @@ class AttentionCall:
         causal: whether the host asked for a causal mask.
         layer, grid, step: the context. ``grid`` is None where the host cannot tell; methods that declare the need
             "token grid" only see calls whose grid fits the sequence.
+        order: place r of the video tokens holds raster token ``order[r]``, int64 ``[grid.tokens]``; None: the grid's
+            own, frame-major order.
         item: 0, or the batch item where the host calls attention once per item (Mochi).
         dense: runs what the host would have run; returns ``[B, H, Sq, D]``.
         notes: where the call writes what happened (``density``, ``kernels``, ``fallback``, ``break_even``); read by the
@@ -105,6 +107,7 @@ class AttentionCall:
     step: Step
     dense: Callable[[], torch.Tensor]
     item: int = 0
+    order: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property

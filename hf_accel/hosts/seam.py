@@ -40,6 +40,13 @@ class AttentionCore(Protocol):
         """A new generation begins: drop all state of the last one."""
 
 
+class OrderMaker(Protocol):
+    """Knows in which order the tokens of a forward stand; see ``hosts/token_order.py``."""
+
+    def make(self, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Order and inverse, int64 ``[tokens]`` each, or None for raster order."""
+
+
 class _Active(threading.local):
     """Which context and layer the running forward of this thread belongs to."""
 
@@ -69,6 +76,8 @@ class SeamContext:
         self.native: list[Any] = [None] * len(names)
         self.members: list[tuple[Any, Any]] = []
         self.grid: TokenGrid | None = None
+        self.token_order: OrderMaker | None = None
+        self.order: torch.Tensor | None = None
         self.timed = False
         self._generation = -1
         self._batch = 1
@@ -109,6 +118,7 @@ class SeamContext:
         if dims is None and ids is not None:
             dims = dims_from_ids(ids, shape[1])
         self.grid = TokenGrid(*dims, text=self.spec.text) if dims is not None else None
+        self.order = None
         level = read_timestep(timestep) if timestep is not None and self.clock.needs_timestep() else None
         step = self.clock.tick(level, tuple(shape), prompt)
         if step.generation != self._generation:
@@ -212,6 +222,7 @@ class SeamContext:
             step,
             lambda: dense(self.native[layer.index]),
             item,
+            self.order,
         )
         with self.run.stopwatch.section(query.device) if self.timed else contextlib.nullcontext():
             if needs_grad and not self.core.differentiable:
@@ -273,6 +284,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def context_by_key(key: int) -> SeamContext | None:
+    """The context that an opaque operator names; None if its model is gone."""
+    return _CONTEXTS.get(key)
+
+
 def active_context() -> SeamContext | None:
     """The context of the forward that runs in this thread."""
     return _ACTIVE.context
@@ -292,7 +308,7 @@ def _begin_forward(
 ) -> torch.Tensor:
     """Tell context ``key`` that a compiled forward begins. Returns a copy of ``hidden``, so that the data flow
     puts everything else behind it."""
-    context = _CONTEXTS.get(key)
+    context = context_by_key(key)
     if context is not None:
         frames_height_width = (dims[0], dims[1], dims[2]) if len(dims) == 3 else None
         context.begin(tuple(hidden.shape), timestep, frames_height_width, ids)
