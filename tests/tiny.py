@@ -14,12 +14,14 @@ import torch
 class Tiny:
     """``build()`` makes the model; ``inputs(model, batch, size)`` the arguments of one forward.
 
-    ``size`` is (frames, height, width) of the latents; ``layers`` the number of video self-attentions.
+    ``size`` is (frames, height, width) of the latents (a text has as many tokens as their product); ``layers`` the
+    number of self-attentions; ``projections`` the names of those that make queries and keys.
     """
 
     build: Callable[[], torch.nn.Module]
     inputs: Callable[..., dict[str, Any]]
     layers: int
+    projections: tuple[str, str] = ("to_q", "to_k")
 
 
 def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -314,7 +316,31 @@ def _unet_inputs(model, batch=1, size=(1, 8, 8), timestep=500.0, seed=0):
     }
 
 
+def _llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512,
+        )
+    )  # fmt: skip
+
+
+def _llama_inputs(model, batch=1, size=(1, 5, 8), timestep=500.0, seed=0):
+    length = size[0] * size[1] * size[2]
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[1:, :5] = 0
+    return {
+        "input_ids": torch.randint(0, 50, (batch, length), generator=generator),
+        "attention_mask": mask,
+        "use_cache": False,
+    }
+
+
 IMAGES = ("flux", "sd3", "qwen-image", "pixart", "unet")
+TEXTS = ("llama",)
 
 TINY: dict[str, Tiny] = {
     "wan": Tiny(_wan, _wan_inputs, 2),
@@ -332,6 +358,7 @@ TINY: dict[str, Tiny] = {
     "qwen-image": Tiny(_qwen_image, _qwen_image_inputs, 2),
     "pixart": Tiny(_pixart, _pixart_inputs, 2),
     "unet": Tiny(_unet, _unet_inputs, 7),
+    "llama": Tiny(_llama, _llama_inputs, 2, projections=("q_proj", "k_proj")),
 }
 
 
@@ -347,8 +374,10 @@ def build(name: str, seed: int = 0, **kwargs: Any) -> torch.nn.Module:
 
 
 def run(model: torch.nn.Module, name: str, **kwargs: Any) -> torch.Tensor:
-    """The output tensor of one forward."""
-    return model(**TINY[name].inputs(_inner(model), **kwargs), return_dict=False)[0]
+    """The output tensor of one forward; zero where a text is padded, since nobody reads what is computed there."""
+    inputs = TINY[name].inputs(_inner(model), **kwargs)
+    out = model(**inputs, return_dict=False)[0]
+    return out * inputs["attention_mask"][..., None] if name in TEXTS else out
 
 
 def _inner(model: torch.nn.Module) -> torch.nn.Module:
