@@ -177,7 +177,7 @@ class MethodReport:
         }
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{k}={v}" for k, v in self.settings.items())
+        settings = ", ".join(f"{k}={shorten(v)}" for k, v in self.settings.items())
         lines = [
             f"{self.method} on {self.model} ({self.model_class})",
             f"  settings  {settings}",
@@ -200,6 +200,12 @@ class MethodReport:
         notes = [*self.notes, *(self.run.break_even if self.run is not None else [])]
         lines += [f"  note      {note}" for note in notes]
         return "\n".join(lines)
+
+
+def shorten(value: Any, width: int = 60) -> str:
+    """A setting as text; tables of thresholds would fill the page."""
+    text = str(value)
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def vars_of(record: Patched | Skipped) -> dict[str, str]:

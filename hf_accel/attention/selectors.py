@@ -66,6 +66,26 @@ def top_p(probabilities: torch.Tensor, p: float, min_keep: int = 0) -> torch.Ten
     return torch.empty_like(keep).scatter_(-1, rank_to_block, keep)
 
 
+def top_cdf(probabilities: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
+    """Keep, row by row, the largest probabilities whose running sum stays at or below ``tau``, and the largest anyway.
+
+    Unlike :func:`top_p` the block that crosses ``tau`` is not kept: this is the rule of SpargeAttention (arXiv
+    2502.18137). ``tau >= 1`` keeps everything without a sum, as there.
+
+    Args:
+        probabilities: ``[..., C]``, non-negative, rows summing to about 1.
+        tau: mass, a number or a tensor that broadcasts to ``[..., 1]`` (a value per head, say).
+
+    Returns:
+        bool ``[..., C]``.
+    """
+    mass, rank_to_block = probabilities.float().sort(dim=-1, descending=True, stable=True)
+    tau = torch.as_tensor(tau, dtype=torch.float32, device=mass.device)
+    keep = (mass.cumsum(-1) <= tau) | (tau >= 1)
+    keep[..., :1] = True
+    return torch.empty_like(keep).scatter_(-1, rank_to_block, keep)
+
+
 def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Keep the ``k`` largest scores of every row; all of them if there are fewer.
 
