@@ -16,14 +16,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_accel.api import Applied, apply, explain, methods, revert
+    from hf_accel.measure.compare import compare
     from hf_accel.registry import register
 
 _LAZY = {
     "Applied": "api", "apply": "api", "explain": "api", "methods": "api", "revert": "api",
-    "register": "registry",
+    "compare": "measure.compare", "register": "registry",
 }  # fmt: skip
 
-__all__ = ["Applied", "__version__", "apply", "explain", "methods", "register", "revert"]
+__all__ = ["Applied", "__version__", "apply", "compare", "explain", "methods", "register", "revert"]
 
 
 def __getattr__(name: str) -> Any:

@@ -155,6 +155,15 @@ def revert(target: Any) -> None:
     _undo([(model, i) for model in resolve(target).models for i in _marks(model.module)])
 
 
+def applied_methods(target: Any) -> list[tuple[str, str]]:
+    """What stands on a pipeline or model: (component name, method), in order of installation.
+
+    Raises:
+        NotApplicable: ``target`` is no pipeline or model.
+    """
+    return [(model.name, i.method.name) for model in resolve(target).models for i in _marks(model.module)]
+
+
 def methods() -> dict[str, dict[str, str]]:
     """The registry: name -> site, summary, paper."""
     return {

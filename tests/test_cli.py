@@ -28,12 +28,15 @@ def test_demo_writes_pictures_and_figures(capsys, tmp_path):
     assert "mini-wan" in zoo.names()
     status = main(["demo", "--out", str(tmp_path), "--steps", "3", "--set", "dense_steps=1", "kmeans_iter_init=2"])
     assert status == 0
-    figures = json.loads((tmp_path / "demo.json").read_text())
-    assert 0 < figures["density"] < 1
-    assert figures["psnr_db"] > 10
-    assert figures["report"]["entries"][0]["run"]["generations"] == 1
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    dense, ours = found["summary"]
+    assert dense["label"] == "dense"
+    assert dense["psnr_mean"] == 200  # the seam changes no bit
+    assert 0 < ours["density"] < 1
+    assert ours["psnr_mean"] > 10
+    assert found["reports"]["svg2"]["entries"][0]["run"]["generations"] == 1
     for name in ("side_by_side.gif", "density.png"):
         assert (tmp_path / name).stat().st_size > 1000
     out = capsys.readouterr().out
-    assert "PSNR against dense" in out
-    assert "density in sparse calls" in out
+    assert "PSNR dB" in out
+    assert "density in the sparse calls" in out

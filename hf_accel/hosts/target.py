@@ -107,3 +107,11 @@ def _is_a(obj: Any, library: str, class_name: str) -> bool:
     """isinstance without importing a library that the user has not imported."""
     cls = getattr(sys.modules.get(library), class_name, None) if library in sys.modules else None
     return cls is not None and isinstance(obj, cls)
+
+
+def execution_device(pipeline: Any) -> torch.device:
+    """Where a pipeline computes; with offloading this is not where its weights lie."""
+    device = getattr(pipeline, "_execution_device", None)
+    if isinstance(device, torch.device):
+        return device
+    return next((p.device for model in resolve(pipeline).models for p in model.module.parameters()), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Generating one video with a pipeline and keeping what the measurement needs."""
+"""Generating one video or picture with a pipeline and keeping what the measurement needs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from hf_accel.api import apply
+from hf_accel.errors import NotApplicable
+from hf_accel.hosts.target import execution_device
+from hf_accel.measure.memory import PeakMemory
 from hf_accel.report import Report, RunStatistics
 
 
@@ -17,11 +20,12 @@ class Sample:
     """One generation.
 
     Attributes:
-        frames: ``[F, H, W, 3]`` fp32 in 0..1 on the CPU.
+        frames: ``[F, H, W, 3]`` fp32 in 0..1 on the CPU; of an image pipeline the images.
         seconds: wall time of the pipeline call.
         attention_seconds: time inside the patched attentions, None for an unpatched run.
         density: mean share of query-key pairs computed in the sparse calls; 1.0 for an unpatched run.
         report: of the method, None for an unpatched run.
+        peak_bytes: see :class:`~hf_accel.measure.memory.PeakMemory`; None where it cannot be measured.
     """
 
     frames: torch.Tensor
@@ -29,23 +33,29 @@ class Sample:
     attention_seconds: float | None = None
     density: float = 1.0
     report: Report | None = None
+    peak_bytes: int | None = None
 
     @property
     def run(self) -> RunStatistics | None:
         """Counters of the first patched model."""
         return self.report.entries[0].run if self.report is not None else None
 
+    @property
+    def runs(self) -> list[RunStatistics]:
+        """Counters of every patched model."""
+        return [entry.run for entry in self.report or () if entry.run is not None]
+
 
 def generate(pipe: Any, prompt: str, seed: int, **call: Any) -> Sample:
     """Call an unpatched (or already patched) pipeline with a CPU generator seeded with ``seed``."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    _synchronise()
-    begin = time.perf_counter()
-    frames = pipe(prompt, generator=generator, output_type="pt", **call).frames
-    _synchronise()
-    seconds = time.perf_counter() - begin
-    video = frames[0].float().cpu()
-    return Sample(video.permute(0, 2, 3, 1).contiguous(), seconds)
+    with PeakMemory(execution_device(pipe)) as peak:
+        _synchronise()
+        begin = time.perf_counter()
+        output = pipe(prompt=prompt, generator=generator, output_type="pt", **call)
+        _synchronise()
+        seconds = time.perf_counter() - begin
+    return Sample(_frames(pipe, output), seconds, peak_bytes=peak.bytes)
 
 
 def generate_with(
@@ -59,7 +69,22 @@ def generate_with(
     runs = [entry.run for entry in report if entry.run is not None]
     densities = [run.mean_density for run in runs if run.mean_density is not None]
     density = sum(densities) / len(densities) if densities else 1.0
-    return Sample(plain.frames, plain.seconds, sum(run.stopwatch.seconds for run in runs), density, report)
+    attention_seconds = sum(run.stopwatch.seconds for run in runs) if runs else None
+    return Sample(plain.frames, plain.seconds, attention_seconds, density, report, plain.peak_bytes)
+
+
+def _frames(pipe: Any, output: Any) -> torch.Tensor:
+    """``[F, H, W, 3]`` of what a pipeline returned: all frames of all its videos, or all its images."""
+    found = getattr(output, "frames", None)
+    if found is None:
+        found = getattr(output, "images", None)
+    if not isinstance(found, torch.Tensor) or found.ndim not in (4, 5):
+        raise NotApplicable(
+            f"{type(pipe).__name__} returned neither frames [B, F, 3, H, W] nor images [B, 3, H, W] for "
+            f"output_type='pt', but {type(output).__name__} with {type(found).__name__}; it cannot be measured."
+        )
+    pictures = found.flatten(0, 1) if found.ndim == 5 else found
+    return pictures.float().cpu().permute(0, 2, 3, 1).contiguous()
 
 
 def _synchronise() -> None:
