@@ -1,8 +1,13 @@
-"""Arithmetic on blocks of tokens: where they begin, what share of the pairs a map keeps, the mask it stands for."""
+"""Arithmetic on blocks of tokens: where they begin, what share of the pairs a map keeps, the mask it stands for;
+and where a video stands in a sequence."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+from hf_accel.attention.call import AttentionCall
 
 
 def offsets(sizes: torch.Tensor) -> torch.Tensor:
@@ -41,3 +46,78 @@ def expand_block_map(block_map: torch.Tensor, query_labels: torch.Tensor, key_la
     queries, keys = query_labels.long(), key_labels.long()
     rows = block_map.gather(2, queries[..., None].expand(*queries.shape, block_map.shape[-1]))
     return rows.gather(3, keys[..., None, :].expand(*queries.shape, keys.shape[-1]))
+
+
+def block_sizes(sequence: int, block_size: int) -> torch.Tensor:
+    """Tokens in each block when a sequence is cut into equal blocks: int64 ``[ceil(sequence / block_size)]``, the
+    last one ragged."""
+    return (sequence - torch.arange(0, sequence, block_size)).clamp(max=block_size)
+
+
+@dataclass(frozen=True)
+class VideoLayout:
+    """Where the video stands in a sequence, frame by frame; what is before and behind it is text.
+
+    Attributes:
+        frames, frame_tokens: size of the video.
+        start: its first token.
+        sequence: length of the whole sequence.
+    """
+
+    frames: int
+    frame_tokens: int
+    start: int
+    sequence: int
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> VideoLayout:
+        """The layout of a self-attention call.
+
+        Raises:
+            ValueError: the call has no token grid, or one that disagrees with its length.
+        """
+        grid, sequence = call.grid, call.query.shape[2]
+        span = grid.video_span(sequence) if grid is not None else None
+        if grid is None or span is None:
+            raise ValueError(f"{sequence} tokens disagree with the grid {grid}")
+        return cls(grid.frames, grid.height * grid.width, span[0], sequence)
+
+    @property
+    def stop(self) -> int:
+        """The first token behind the video."""
+        return self.start + self.frames * self.frame_tokens
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the sequence that are no video."""
+        return self.sequence - self.frames * self.frame_tokens
+
+    def blocks_touching(self, start: int, stop: int, block_size: int) -> torch.Tensor:
+        """Which blocks hold a token of ``[start, stop)``: bool ``[ceil(sequence / block_size)]``."""
+        first = torch.arange(0, self.sequence, block_size)
+        return (first < stop) & (first + block_size > start) & (start < stop)
+
+    def text_blocks(self, block_size: int) -> torch.Tensor:
+        """Which blocks hold text: bool ``[ceil(sequence / block_size)]``."""
+        before = self.blocks_touching(0, self.start, block_size)
+        return before | self.blocks_touching(self.stop, self.sequence, block_size)
+
+    def token_major_order(self) -> torch.Tensor:
+        """The order that brings the same place of all frames together: ``x[order]`` is ``x`` token-major.
+
+        Place p of frame f stands at ``start + f * frame_tokens + p``, and token-major at ``start + p * frames + f``.
+        Text stays where it is. int32 ``[sequence]``; for the way back see :func:`inverse_order`.
+        """
+        order = torch.arange(self.sequence, dtype=torch.int32)
+        video = order[self.start : self.stop].view(self.frames, self.frame_tokens)
+        return torch.cat([order[: self.start], video.T.flatten(), order[self.stop :]])
+
+
+def inverse_order(order: torch.Tensor) -> torch.Tensor:
+    """``inverse[order[r]] = r`` for a permutation ``order`` int ``[S]``."""
+    return torch.empty_like(order).scatter_(0, order.long(), torch.arange(len(order), dtype=order.dtype))
+
+
+def expand_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """``[B, Hkv, S, D]`` as ``[B, H, S, D]``; a copy only under grouped-query attention."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

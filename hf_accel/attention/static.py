@@ -1,0 +1,67 @@
+"""Block maps that follow from the shape alone: built once, kept for a few shapes, handed to the kernel as a list."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from hf_accel.attention.layout import block_sizes, density
+from hf_accel.kernels.block_sparse_attention import block_map_to_index
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StaticBlocks:
+    """A block map for all heads and batch items, as the block-sparse kernel takes it.
+
+    Attributes:
+        block_map: bool ``[n, n]``.
+        index: int32 ``[1, 1, n, max_keep]``, cut to the fullest row.
+        count: int32 ``[1, 1, n]``.
+        density: fp32 ``[1, 1]``, share of the token pairs in kept blocks.
+    """
+
+    block_map: torch.Tensor
+    index: torch.Tensor
+    count: torch.Tensor
+    density: torch.Tensor
+
+    @classmethod
+    def of(cls, block_map: torch.Tensor, sequence: int, block_size: int, device: torch.device) -> StaticBlocks:
+        """From a map bool ``[n, n]`` over ``sequence`` tokens. Waits for the device if the map is not on the CPU."""
+        index, count = block_map_to_index(block_map[None, None])
+        index = index[..., : int(count.max())].contiguous()
+        sizes = block_sizes(sequence, block_size).to(block_map.device)[None, None]
+        share = density(block_map[None, None], sizes, sizes)
+        return cls(*(x.to(device) for x in (block_map, index, count, share)))
+
+
+class Recent(Generic[T]):
+    """The last few results of a function, by key: a pipeline uses few shapes, a server must not hoard them.
+
+    Args:
+        limit: how many are kept.
+    """
+
+    def __init__(self, limit: int = 8):
+        self.limit = limit
+        self._kept: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make()`` gave for this key, called only if it is not kept."""
+        if key not in self._kept:
+            # Made in inference mode, its tensors could not be saved for a backward pass later.
+            with torch.inference_mode(False):
+                self._kept[key] = make()
+            while len(self._kept) > self.limit:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
