@@ -15,7 +15,8 @@ from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.hilbert import hilbert_order
 from hf_accel.attention.selectors import top_cdf
 from hf_accel.errors import InvalidSetting
-from hf_accel.patches.sparge import Sparge, SpargeConfig, make_plan
+from hf_accel.patches.sparge import Sparge, SpargeConfig
+from hf_accel.patches.sparge.plan import make_plan
 
 EVERYTHING = {"topk": 1.0}
 CDF = {"mode": "cdf", "simthreshd1": -1.0}
@@ -67,9 +68,7 @@ def map_of(call, **settings):
     """The block map of a call and the plan behind it."""
     method = Sparge(SpargeConfig(**settings))
     plan = method.plan(call)
-    keep = method.select(
-        call.query, call.key, call.key_validity(), call.scale, plan, method.head_settings(call)
-    )  # fmt: skip
+    keep = method.choose(method.predict(method.tokens(call, plan), plan), plan, method.head_settings(call))
     return keep, plan
 
 
