@@ -7,6 +7,38 @@ import triton.language as tl
 
 
 @triton.jit
+def load_rows(
+    Key,
+    Value,
+    rows,  # [BLOCK_N], in any order
+    counts,  # [BLOCK_N] bool: rows that take part, the others are 0; read only if MASKED
+    stride_key,
+    stride_value,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,  # a head of Key or Value spans 2**31 elements or more
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``[BLOCK_N, BLOCK_D]`` of Key and of Value."""
+    d = tl.arange(0, BLOCK_D)
+    # The loop is bound by instructions issued, not by the tensor cores alone. Key + d does not change from tile
+    # to tile, and an offset of 32 bits needs one multiply-add per row to become an address, one of 64 bits four.
+    if WIDE:
+        rows = rows.to(tl.int64)
+    key_pointers = (Key + d)[None, :] + (rows * stride_key)[:, None]
+    value_pointers = (Value + d)[None, :] + (rows * stride_value)[:, None]
+    if BLOCK_D == D and not MASKED:
+        key = tl.load(key_pointers)
+        value = tl.load(value_pointers)
+    else:
+        # A weight of 0 does not cancel an infinite value: rows that do not count must not be read.
+        element = (d[None, :] < D) & counts[:, None] if MASKED else d[None, :] < D
+        key = tl.load(key_pointers, mask=element, other=0.0)
+        value = tl.load(value_pointers, mask=element, other=0.0)
+    return key, value
+
+
+@triton.jit
 def attend_rows(
     query,  # [BLOCK_M, BLOCK_D]
     Key,
@@ -24,26 +56,16 @@ def attend_rows(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    last_seen=0,  # [BLOCK_M] the last row of Key that each query sees; read only if CAUSAL, which implies MASKED
+    CAUSAL: tl.constexpr = False,
 ):
     """Online softmax over one tile of keys (Dao 2023, arXiv 2307.08691, algorithm 1), in base 2."""
-    d = tl.arange(0, BLOCK_D)
-    # The loop is bound by instructions issued, not by the tensor cores alone. Key + d does not change from tile
-    # to tile, and an offset of 32 bits needs one multiply-add per row to become an address, one of 64 bits four.
-    if WIDE:
-        rows = rows.to(tl.int64)
-    key_pointers = (Key + d)[None, :] + (rows * stride_key)[:, None]
-    value_pointers = (Value + d)[None, :] + (rows * stride_value)[:, None]
-    if BLOCK_D == D and not MASKED:
-        key = tl.load(key_pointers)
-        value = tl.load(value_pointers)
-    else:
-        # A weight of 0 does not cancel an infinite value: rows that do not count must not be read.
-        element = (d[None, :] < D) & counts[:, None] if MASKED else d[None, :] < D
-        key = tl.load(key_pointers, mask=element, other=0.0)
-        value = tl.load(value_pointers, mask=element, other=0.0)
+    key, value = load_rows(Key, Value, rows, counts, stride_key, stride_value, MASKED, WIDE, D, BLOCK_D)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(counts[None, :], scores, float("-inf"))
+    if CAUSAL:
+        scores = tl.where(rows[None, :] <= last_seen[:, None], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
     base = new_max
     if MASKED:

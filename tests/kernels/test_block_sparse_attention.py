@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_sparse_cases import BACKENDS, Case
 from kernel_helpers import kernel_dtypes
 
 from hf_accel.errors import UnsupportedByKernel
@@ -10,51 +11,11 @@ from hf_accel.kernels.block_sparse_attention import (
     block_map_to_index,
     block_sparse_attention,
     index_to_block_map,
-    reference,
+    transpose_index,
 )
+from hf_accel.kernels.block_sparse_attention.index import split_index
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-BACKENDS = ["triton", "torch"]
-
-
-class Case:
-    """Random inputs of one call. ``shape`` is (B, H, Hkv, Sq, Sk, D)."""
-
-    def __init__(
-        self,
-        shape=(1, 2, 2, 131, 197, 32),
-        block_size=(64, 64),
-        density=0.5,
-        dtype=torch.float32,
-        device="cpu",
-        index_lead=None,
-        seed=0,
-    ):
-        generator = torch.Generator().manual_seed(seed)
-        batch, heads, key_heads, num_queries, num_keys, head_dim = shape
-        rows = [(heads, num_queries), (key_heads, num_keys), (key_heads, num_keys)]
-        self.qkv = [torch.randn(batch, *r, head_dim, generator=generator).to(device, dtype) for r in rows]
-        lead = index_lead or (batch, heads)
-        blocks = [-(-num_queries // block_size[0]), -(-num_keys // block_size[1])]
-        self.block_size = block_size
-        self.set_map((torch.rand(*lead, *blocks, generator=generator) < density).to(device))
-
-    def set_map(self, block_map):
-        self.block_map = block_map
-        self.index, self.count = block_map_to_index(block_map)
-        # Neither the order of a row nor what stands behind its end may matter.
-        kept = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
-        self.index = torch.where(kept, self.index, 10**6)
-        self.index = self.index.roll(1, -1) if bool(kept.all()) else self.index
-
-    @property
-    def arguments(self):
-        return (*self.qkv, self.index, self.count)
-
-    def reference(self, key_valid=None, scale=None):
-        qkv = [x.float() for x in self.qkv]
-        scale = scale or qkv[0].shape[-1] ** -0.5
-        return reference.block_sparse_attention(*qkv, self.index, self.count, self.block_size, scale, key_valid)
 
 
 def check(case, backend, **kwargs):
@@ -183,6 +144,69 @@ def test_map_and_index_are_inverse():
     assert torch.equal(row.long(), block_map[1, 1, 1].nonzero().squeeze(1))
 
 
+@pytest.mark.parametrize("lead", [(1, 1), (2, 3)])
+def test_transposed_index_is_the_index_of_the_transposed_map(lead):
+    block_map = torch.rand(*lead, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.4
+    block_map[0, 0, :, 2] = False
+    index, count = block_map_to_index(block_map)
+    # Order and surplus entries of the given lists must not matter.
+    index = torch.where(torch.arange(7) < count[..., None], index, 10**6)
+    transposed, transposed_count = transpose_index(index[..., :6], count.clamp(max=6), 7)
+    expected, expected_count = block_map_to_index(block_map.mT)
+    assert torch.equal(transposed, expected)
+    assert torch.equal(transposed_count, expected_count)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_split_index_puts_the_blocks_that_need_a_mask_last(causal):
+    lengths, size = (150, 300), (64, 64)
+    index = torch.tensor([4, 0, 3, 2, 1], dtype=torch.int32).expand(1, 1, 3, 5)
+    count = torch.tensor([5, 4, 5], dtype=torch.int32).expand(1, 1, 3)
+    split, plain, masked = split_index(index, count, size, lengths, causal)
+    tokens = torch.ones(150, 300, dtype=torch.bool).tril(150 if causal else 300)
+    for row in range(3):
+        kept = index[0, 0, row, : count[0, 0, row]].tolist()
+        parts = {block: tokens[row * 64 : row * 64 + 64, block * 64 : block * 64 + 64] for block in kept}
+        whole = [b for b in kept if bool(parts[b].all()) and b != 4]
+        crossed = [b for b in kept if bool(parts[b].any()) and b not in whole]
+        got = split[0, 0, row].tolist()
+        numbers = int(plain[0, 0, row]), int(masked[0, 0, row])
+        assert numbers == (len(whole), len(crossed))
+        assert got[: numbers[0]] == whole
+        assert got[numbers[0] : sum(numbers)] == crossed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize(
+    "lengths", [(129, 257), (128, 128), (257, 127), (1, 130), (64, 1)], ids=lambda x: f"{x[0]}x{x[1]}"
+)
+def test_causal(backend, block_size, lengths, device):
+    """More keys than queries is a prefill behind a cache; fewer leaves the first queries without any."""
+    for density in (0.5, 1.1):
+        check(Case((1, 1, 1, *lengths, 16), block_size, density, device=device), backend, causal=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_causal_with_padding_grouped_heads_and_shared_index(backend, device):
+    case = Case((2, 4, 2, 70, 197, 40), index_lead=(1, 4), device=device)
+    valid = torch.rand(2, 197, generator=torch.Generator().manual_seed(1)).to(device) < 0.6
+    check(case, backend, causal=True, key_valid=valid)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_above_the_diagonal_may_hold_anything(backend, device):
+    """Queries do not read keys behind them: neither the values there nor whether the blocks are listed matter."""
+    case = Case((1, 1, 1, 192, 192, 16), density=1.1, device=device)
+    case.index = torch.arange(3, dtype=torch.int32, device=device).flip(0).expand(1, 1, 3, 3)
+    out, lse = block_sparse_attention(*case.arguments, block_size=64, causal=True, backend=backend)
+    case.set_map(torch.ones(1, 1, 3, 3, dtype=torch.bool, device=device).tril())
+    case.qkv[1][:, :, 128:] = case.qkv[2][:, :, 128:] = float("nan")
+    other, other_lse = block_sparse_attention(*case.arguments, block_size=64, causal=True, backend=backend)
+    torch.testing.assert_close(other[:, :, :128], out[:, :, :128])
+    torch.testing.assert_close(other_lse[:, :, :128], lse[:, :, :128])
+
+
 @pytest.mark.parametrize("with_valid", [True, False])
 def test_custom_op(with_valid, device):
     case = Case((1, 1, 1, 66, 70, 16), device=device)
@@ -191,7 +215,7 @@ def test_custom_op(with_valid, device):
     for backend in BACKENDS:
         torch.library.opcheck(
             torch.ops.hf_accel.block_sparse_attention.default,
-            (*case.arguments, 64, 64, 0.25, valid, backend),
+            (*case.arguments, 64, 64, 0.25, valid, False, backend),
         )
 
 

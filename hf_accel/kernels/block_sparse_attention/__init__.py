@@ -6,14 +6,15 @@ import torch
 
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.kernels import checks
-from hf_accel.kernels.block_sparse_attention.index import block_map_to_index, index_to_block_map
+from hf_accel.kernels.block_sparse_attention.index import block_map_to_index, index_to_block_map, transpose_index
 from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
 
-__all__ = ["backend_for", "block_map_to_index", "block_sparse_attention", "index_to_block_map"]
+__all__ = ["backend_for", "block_map_to_index", "block_sparse_attention", "index_to_block_map", "transpose_index"]
 
 OP = "block_sparse_attention"
 LIMITS = TritonLimits(min_head_dim=1, max_head_dim=256)
 BLOCK_SIZES = (64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def backend_for(query: torch.Tensor, backend: str = "auto") -> Choice:
@@ -31,26 +32,31 @@ def block_sparse_attention(
     block_size: int | tuple[int, int] = (128, 128),
     scale: float | None = None,
     key_valid: torch.Tensor | None = None,
+    causal: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of each query block on the key blocks that its row of the index lists.
 
     Args:
-        query: ``[B, H, Sq, D]``, last axis contiguous, other strides free. fp16, bf16 or fp32.
+        query: ``[B, H, Sq, D]``, last axis contiguous, other strides free. fp16, bf16 or fp32; fp64 runs on the
+            torch backend.
         key: ``[B, Hkv, Sk, D]``, likewise, dtype of ``query``. H is a multiple of Hkv: query head h reads
             key head ``h // (H // Hkv)``.
         value: ``[B, Hkv, Sk, D]``, likewise.
         block_index: int32 ``[B or 1, H or 1, ceil(Sq / bq), max_keep]``, ids of kept key blocks in any order,
             no id twice in a row. Entries beyond the count are ignored. Ids outside ``0 .. ceil(Sk / bk) - 1``
             are refused by the torch backend and undefined on a GPU, where a check would wait for the device.
-        block_count: int32 ``[B or 1, H or 1, ceil(Sq / bq)]``, number of kept blocks of each row; 0 is
-        allowed. block_size: ``(bq, bk)`` or one number for both; 64 or 128 each. The last blocks may be
-        ragged. scale: multiplies the scores; default ``1 / sqrt(D)``. Must be positive.
+        block_count: int32 ``[B or 1, H or 1, ceil(Sq / bq)]``, number of kept blocks of each row; 0 is allowed.
+        block_size: ``(bq, bk)`` or one number for both; 64 or 128 each. The last blocks may be ragged.
+        scale: multiplies the scores; default ``1 / sqrt(D)``. Must be positive.
         key_valid: bool ``[B, Sk]``; False keys take no part (padding). Costs a mask in every tile.
+        causal: a query sees no key behind its own position. Queries are aligned to the end of the keys, as in a
+            prefill behind a cache: query i stands at position ``i + Sk - Sq``. Listed blocks wholly above the
+            diagonal count for nothing and cost nothing.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`backend_for`.
 
     Returns:
-        ``out`` ``[B, H, Sq, D]`` in the dtype and the memory layout of ``query``, and ``lse`` fp32
+        ``out`` ``[B, H, Sq, D]`` in the dtype and the memory layout of ``query``, and ``lse`` fp32 (fp64 for fp64)
         ``[B, H, Sq]``: the natural logarithm of the sum of exponentiated scores. A row that keeps no key has
         ``out`` 0 and ``lse`` -inf.
 
@@ -58,15 +64,17 @@ def block_sparse_attention(
         UnsupportedByKernel: a shape, dtype, device, stride or block size that no backend takes, or that
             ``backend="triton"`` does not.
 
-    Not differentiable yet. Equal to dense attention under the token mask that the index expands to
-    (``reference.py``).
+    Differentiable once, in query, key and value, through ``out`` and through ``lse``; the gradient of a row that
+    keeps no key is 0. Two runs of the Triton form are bit-equal, backward included. Equal to dense attention
+    under the token mask that the index expands to (``reference.py``). Algorithm: FlashAttention-2, arXiv
+    2307.08691, whose key tiles (forward, query) and query tiles (key, value) come from a list.
     """
     sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
     _validate(query, key, value, block_index, block_count, sizes, key_valid)
     scale = checks.resolve_scale(OP, scale, query.shape[-1])
     chosen = backend_for(query, backend).backend
     return _block_sparse_attention(
-        query, key, value, block_index, block_count, sizes[0], sizes[1], scale, key_valid, chosen
+        query, key, value, block_index, block_count, sizes[0], sizes[1], scale, key_valid, causal, chosen
     )
 
 
@@ -81,10 +89,11 @@ def _block_sparse_attention(
     key_block: int,
     scale: float,
     key_valid: torch.Tensor | None,
+    causal: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     block_size = (query_block, key_block)
-    arguments = (query, key, value, block_index, block_count, block_size, scale, key_valid)
+    arguments = (query, key, value, block_index, block_count, block_size, scale, key_valid, causal)
     if backend == "triton":
         from hf_accel.kernels.block_sparse_attention import triton
 
@@ -97,14 +106,73 @@ def _block_sparse_attention(
 
 
 @_block_sparse_attention.register_fake
-def _(query, key, value, block_index, block_count, query_block, key_block, scale, key_valid, backend):
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+def _(query, key, value, block_index, block_count, query_block, key_block, scale, key_valid, causal, backend):
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=dtype)
+
+
+@torch.library.custom_op("hf_accel::block_sparse_attention_backward", mutates_args=())
+def _block_sparse_attention_backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    block_index: torch.Tensor,
+    block_count: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+    key_valid: torch.Tensor | None,
+    causal: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    block_size = (query_block, key_block)
+    tensors = (query, key, value, out, lse, grad_out, grad_lse, block_index, block_count)
+    if backend == "triton":
+        from hf_accel.kernels.block_sparse_attention import triton_backward
+
+        with torch.cuda.device_of(query):
+            return triton_backward.launch(*tensors, block_size, scale, key_valid, causal)
+    from hf_accel.kernels.block_sparse_attention import cpu
+
+    return cpu.block_sparse_attention_backward(*tensors, block_size, scale, key_valid, causal)
+
+
+@_block_sparse_attention_backward.register_fake
+def _(query, key, value, *_):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    *tensors, query_block, key_block, scale, key_valid, causal, backend = inputs
+    ctx.save_for_backward(*tensors, *output, key_valid)
+    ctx.settings = (query_block, key_block, scale, causal, backend)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    query, key, value, block_index, block_count, out, lse, key_valid = ctx.saved_tensors
+    query_block, key_block, scale, causal, backend = ctx.settings
+    gradients = _block_sparse_attention_backward(
+        query, key, value, out, lse, grad_out, grad_lse, block_index, block_count,
+        query_block, key_block, scale, key_valid, causal, backend,
+    )  # fmt: skip
+    return (*gradients, *[None] * 8)
+
+
+_block_sparse_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _validate(query, key, value, block_index, block_count, block_size, key_valid) -> None:
     if len(block_size) != 2 or any(size not in BLOCK_SIZES for size in block_size):
         raise UnsupportedByKernel(f"{OP}: block sizes must be 64 or 128 each; got {block_size}.")
     checks.expect(OP, "query", query, {"B": None, "H": None, "Sq": None, "D": None})
+    if query.dtype not in DTYPES:
+        raise UnsupportedByKernel(
+            f"{OP}: query must be float16, bfloat16, float32 or float64; got {str(query.dtype).removeprefix('torch.')}."
+        )
     batch, heads, num_queries, head_dim = query.shape
     checks.expect(OP, "key", key, {"B": batch, "Hkv": None, "Sk": None, "D": head_dim}, query.dtype)
     key_heads, num_keys = key.shape[1:3]

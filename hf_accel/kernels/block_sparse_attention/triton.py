@@ -1,7 +1,7 @@
 """Block-sparse attention on a GPU: tile sizes, the forward kernel and its launcher.
 
-Flash attention's forward pass whose key tiles come from a list of blocks per row of query blocks. The
-backward pass, when it comes, is a file of its own beside this one.
+Flash attention's forward pass whose key tiles come from a list of blocks per row of query blocks. The backward
+pass is in ``triton_backward.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.block_sparse_attention import triton_backward
+from hf_accel.kernels.block_sparse_attention.index import split_index
 from hf_accel.kernels.online_softmax import attend_rows, finish
 from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, key_layout, precision
 
@@ -36,7 +38,8 @@ def forward_kernel(
     Out,  # [B, H, Sq, D]
     Lse,  # fp32 [B, H, Sq], natural logarithm
     BlockIndex,  # int32, rows of max_keep entries
-    BlockCount,  # int32
+    BlockCount,  # int32; if CAUSAL, of the blocks that no diagonal crosses, which come first
+    MaskedCount,  # int32, of the blocks that it crosses, which follow; unused unless CAUSAL
     KeyValid,  # uint8 [B, Sk]; unused unless HAS_VALID
     stride_qb,
     stride_qh,
@@ -59,6 +62,7 @@ def forward_kernel(
     num_query_blocks,
     max_keep,
     scale,  # softmax scale times log2(e)
+    CAUSAL: tl.constexpr,
     HAS_VALID: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # rows of K and V are equally far apart: one offset serves both
     WIDE: tl.constexpr,
@@ -99,7 +103,7 @@ def forward_kernel(
     # stands in the list, so that no other tile needs a mask.
     ragged = count
     last_full = num_keys // KEY_BLOCK
-    if num_keys % KEY_BLOCK != 0:
+    if num_keys % KEY_BLOCK != 0 and not CAUSAL:
         for i in range(0, count, 128):
             entry = i + tl.arange(0, 128)
             ids = tl.load(BlockIndex + entry, mask=entry < count, other=0)
@@ -124,6 +128,20 @@ def forward_kernel(
             query, Key, Value, key_row, counts, row_max, row_sum, acc, stride_ks, stride_vs, scale,
             HAS_VALID, WIDE, D, BLOCK_D, PRECISION,
         )  # fmt: skip
+    if CAUSAL:
+        last_seen = row + num_keys - num_queries
+        end = tl.minimum(first + BLOCK_M + num_keys - num_queries, num_keys)
+        for entry in range(count, count + tl.load(MaskedCount + index_row)):
+            first_key = tl.load(BlockIndex + entry) * KEY_BLOCK
+            for first_key_of_tile in range(first_key, tl.minimum(first_key + KEY_BLOCK, end), BLOCK_N):
+                key_row = first_key_of_tile + column
+                counts = key_row < num_keys
+                if HAS_VALID:
+                    counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
+                row_max, row_sum, acc = attend_rows(
+                    query, Key, Value, key_row, counts, row_max, row_sum, acc, stride_ks, stride_vs, scale,
+                    True, WIDE, D, BLOCK_D, PRECISION, last_seen, True,
+                )  # fmt: skip
     if ragged < count:
         for first_key in range(last_full * KEY_BLOCK, num_keys, BLOCK_N):
             key_row = first_key + column
@@ -150,6 +168,7 @@ def launch(
     block_size: tuple[int, int],
     scale: float,
     key_valid: torch.Tensor | None = None,
+    causal: bool = False,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel on validated inputs; ``tile`` replaces the table's choice (for tuning)."""
@@ -160,15 +179,19 @@ def launch(
     lse = query.new_empty((batch, heads, num_queries), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    masked_count = None
+    if causal:
+        lengths = (num_queries, key.shape[2])
+        block_index, block_count, masked_count = split_index(block_index, block_count, block_size, lengths, causal)
     index_batch, index_heads, num_query_blocks, max_keep = block_index.shape
     grid = (batch * heads * num_query_blocks * (block_size[0] // tile.m),)
     forward_kernel[grid](
-        query, key, value, out, lse, block_index.contiguous(), block_count.contiguous(),
+        query, key, value, out, lse, block_index.contiguous(), block_count.contiguous(), masked_count,
         None if key_valid is None else key_valid.contiguous().view(torch.uint8),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         index_heads * num_query_blocks * (index_batch > 1), num_query_blocks * (index_heads > 1),
         heads, heads // key.shape[1], num_queries, key.shape[2], num_query_blocks, max_keep, scale * LOG2_E,
-        **_constexprs(tile, block_size, head_dim, query.dtype, key_valid is not None, *key_layout(key, value)),
+        **_constexprs(tile, block_size, head_dim, query.dtype, causal, key_valid is not None, *key_layout(key, value)),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -180,11 +203,13 @@ def _constexprs(
     block_size: tuple[int, int],
     head_dim: int,
     dtype: torch.dtype,
+    causal: bool,
     has_valid: bool,
     same_strides: bool = True,
     wide: bool = False,
 ) -> dict[str, Any]:
     return {
+        "CAUSAL": causal,
         "HAS_VALID": has_valid,
         "SAME_STRIDES": same_strides,
         "WIDE": wide,
@@ -202,25 +227,26 @@ def aot_cases(cc: int) -> list[AotCase]:
     """The kernel as the launcher would call it on compute capability ``cc``."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     cases = []
-    for name, head_dim, block, has_valid in [
-        ("bf16", 128, 128, False),
-        ("bf16", 128, 128, True),
-        ("bf16", 128, 64, False),
-        ("bf16", 64, 128, False),
-        ("fp16", 80, 64, False),
-        ("bf16", 256, 128, False),
-        ("fp32", 64, 64, False),
+    for name, head_dim, block, causal, has_valid in [
+        ("bf16", 128, 128, False, False),
+        ("bf16", 128, 128, False, True),
+        ("bf16", 128, 128, True, True),
+        ("bf16", 128, 64, False, False),
+        ("bf16", 64, 128, False, False),
+        ("fp16", 80, 64, True, False),
+        ("bf16", 256, 128, False, False),
+        ("fp32", 64, 64, False, False),
     ]:
         tile = tile_for(cc, head_dim, dtypes[name], (block, block))
         cases.append(
             make_case(
-                f"{name} D{head_dim} block {block}{' key_valid' * has_valid}",
+                f"{name} D{head_dim} block {block}{' causal' * causal}{' key_valid' * has_valid}",
                 forward_kernel,
-                _constexprs(tile, (block, block), head_dim, dtypes[name], has_valid),
+                _constexprs(tile, (block, block), head_dim, dtypes[name], causal, has_valid),
                 dict.fromkeys(("Query", "Key", "Value", "Out"), name)
                 | {"Lse": "fp32", "scale": "fp32", "KeyValid": "u8"},
                 tile.num_warps,
                 tile.num_stages,
             )
         )
-    return cases
+    return cases + triton_backward.aot_cases(cc)
