@@ -61,6 +61,17 @@ class Tiling:
         return torch.argsort(self.labels(), stable=True)
 
 
+def fill_tiles(sizes: torch.Tensor, block: int) -> torch.Tensor:
+    """Which rows hold a token once every tile is filled up to whole blocks: bool, tile by tile, tokens first.
+
+    ``sizes`` are the tokens of the tiles, int64 ``[tiles]``.
+    """
+    full = -(-sizes // block) * block
+    tile = torch.repeat_interleave(full)
+    place = torch.arange(len(tile)) - (full.cumsum(0) - full)[tile]
+    return place < sizes[tile]
+
+
 def neighbour_map(counts: Size, radius: int) -> torch.Tensor:
     """Which tiles lie within ``radius`` tiles along every axis: bool ``[tiles, tiles]``, clipped at the borders."""
     keep = torch.ones(1, 1, dtype=torch.bool)
