@@ -201,7 +201,7 @@ def test_density_counts_what_is_kept_by_rule(wanted):
     assert wanted - 0.1 < reached.mean() <= wanted + 0.01
 
 
-# -- masks, causal, heads ----------------------------------------------------------------------------------------------
+# -- masks, causal, heads --------------------------------------------------------------------------------------------
 
 
 def test_hidden_keys_take_no_part():
@@ -257,7 +257,7 @@ def test_masks_that_are_no_key_mask_run_dense_and_are_counted():
     assert "differs between queries" in call.notes["fallback"]
 
 
-# -- the Hilbert curve -------------------------------------------------------------------------------------------------
+# -- the Hilbert curve -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(8, 8, 8), (4, 4, 4), (1, 16, 16), (1, 1, 8), (5, 6, 7), (1, 9, 5), (1, 1, 1)])
@@ -290,7 +290,7 @@ def test_hilbert_needs_a_grid():
     assert call.notes["fallback"] == "no Hilbert order: the token grid is unknown"
 
 
-# -- thresholds of single heads ----------------------------------------------------------------------------------------
+# -- thresholds of single heads --------------------------------------------------------------------------------------
 
 
 def table(layers=1, heads=2, **changes):
@@ -361,7 +361,7 @@ def test_table_and_density_exclude_each_other():
         SpargeConfig(mode="cdf", density=0.5, thresholds=table())
 
 
-# -- the plan ----------------------------------------------------------------------------------------------------------
+# -- the plan --------------------------------------------------------------------------------------------------------
 
 
 def test_plans_are_few_and_follow_the_shape():
