@@ -277,11 +277,11 @@ def test_an_unknown_setting_names_the_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_method_names_the_file_and_the_nearest(tmp_path: Path) -> None:
-    path = write(tmp_path, SHORT.replace("svg2", "svg"))
-    with pytest.raises(UnknownMethod, match=r"'svg' is neither a method nor .* Did you mean 'svg2'") as caught:
+    path = write(tmp_path, SHORT.replace("svg2", "sgv2"))
+    with pytest.raises(UnknownMethod, match=r"'sgv2' is neither a method nor .* Did you mean 'svg2'") as caught:
         load(path)
     assert str(caught.value).startswith(f"{path} at 'apply[0].method': ")
-    assert caught.value.near == ["svg2"]
+    assert caught.value.near[0] == "svg2"
 
 
 def test_a_large_file_is_not_read(tmp_path: Path) -> None:

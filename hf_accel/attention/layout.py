@@ -74,8 +74,11 @@ class VideoLayout:
         """The layout of a self-attention call.
 
         Raises:
-            ValueError: the call has no token grid, or one that disagrees with its length.
+            ValueError: the call has no token grid, or one that disagrees with its length, or its tokens do not stand
+                frame by frame.
         """
+        if call.order is not None:
+            raise ValueError("the tokens do not stand frame by frame")
         grid, sequence = call.grid, call.query.shape[2]
         span = grid.video_span(sequence) if grid is not None else None
         if grid is None or span is None:
