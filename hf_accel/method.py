@@ -152,6 +152,9 @@ class AttentionMethod(Method):
         """State of one layer for one generation."""
         return None
 
+    def stand_alone(self, layers: int, head_dim: int) -> None:
+        """Get ready to attend without having been installed on a model, untrained: for benchmarks and replays."""
+
     def observe(self, call: AttentionCall, state: Any) -> None:
         """A call in a dense step of a layer that will be sparse later; the place to warm up state."""
 
@@ -183,6 +186,7 @@ class AttentionRunner:
         self.method = method
         self.differentiable = method.facts.backward
         self._states: dict[tuple[int, int], Any] = {}
+        self._verdicts: dict[Any, break_even.Verdict] = {}
 
     def reset(self) -> None:
         self._states = {}
@@ -192,13 +196,14 @@ class AttentionRunner:
             return call.fallback("dense layer (dense_layers)")
         if "token grid" in self.method.facts.needs:
             if call.grid is None:
-        self._verdicts: dict[Any, break_even.Verdict] = {}
                 return call.fallback("the token grid of this forward is unknown")
             lengths = call.query.shape[2], call.key.shape[2]
             if lengths[0] != lengths[1] or call.grid.video_span(lengths[0]) is None:
                 return call.fallback(f"{lengths[0]} x {lengths[1]} tokens disagree with the grid {call.grid}")
         if (reason := self._cannot(call)) is not None:
             return call.fallback(reason)
+        if self._slower_than_dense(call):
+            return call.fallback("slower than dense at this shape (on_slow)")
         key = (call.layer.index, call.item)
         if key not in self._states:
             self._states[key] = self.method.new_state()
@@ -208,8 +213,6 @@ class AttentionRunner:
         return self.method.attend(call, self._states[key])
 
     def _cannot(self, call: AttentionCall) -> str | None:
-        if self._slower_than_dense(call):
-            return call.fallback("slower than dense at this shape (on_slow)")
         """Why the method's declared facts exclude this call, or None."""
         facts = self.method.facts
         if call.causal and not facts.causal:
@@ -220,15 +223,6 @@ class AttentionRunner:
             return "batch > 1"
         return None
 
-    def _dense_step(self, call: AttentionCall) -> bool:
-        """A count is a count; a fraction is of the step count where known, else of the fall of the timestep.
-
-        Training draws noise levels at random: there is no first step, and what is trained is the method.
-        """
-        if call.needs_grad:
-            return False
-        share = getattr(self.method.config, "dense_steps", 0)
-        if isinstance(share, int) or call.step.count is not None:
     def _slower_than_dense(self, call: AttentionCall) -> bool:
         """Ask once per shape, note the answer once; whether it means that this call runs dense."""
         config = self.method.config
@@ -264,6 +258,15 @@ class AttentionRunner:
             return break_even.Verdict(None, f"{method.name} against dense at {tokens} tokens: {why}")
         return break_even.verdict_of(method.name, tokens, ratio, "measured here, forward only")
 
+    def _dense_step(self, call: AttentionCall) -> bool:
+        """A count is a count; a fraction is of the step count where known, else of the fall of the timestep.
+
+        Training draws noise levels at random: there is no first step, and what is trained is the method.
+        """
+        if call.needs_grad:
+            return False
+        share = getattr(self.method.config, "dense_steps", 0)
+        if isinstance(share, int) or call.step.count is not None:
             # A count is not cut to a total that may be unknown.
             return call.step.index < self._resolve("dense_steps", call.step.count or call.step.index + 1)
         return call.step.progress < share
