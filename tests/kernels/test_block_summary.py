@@ -1,4 +1,4 @@
-"""Means, self-similarity and INT8 blocks: identities, then every backend against the definition."""
+"""Means and self-similarity of blocks: identities, then every backend against the definition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kernel_helpers import kernel_dtypes
 
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.kernels import block_summary as package
-from hf_accel.kernels.block_summary import block_summary, quantize_blocks, reference, token_mean
+from hf_accel.kernels.block_summary import block_summary, reference
 
 BACKENDS = ["triton", "torch"]
 LIMIT = 1e-5  # sums are fp32 in every dtype
@@ -93,43 +93,6 @@ def test_any_strides(backend, device):
     torch.testing.assert_close(ours.similarity, theirs[1], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", kernel_dtypes())
-def test_int8_blocks_are_within_half_a_step(backend, dtype, device):
-    x = tokens(2, 3, 131, 40, dtype=dtype, device=device)
-    shift = token_mean(x)
-    values, step = quantize_blocks(x, 64, shift=shift, backend=backend)
-    assert values.dtype == torch.int8
-    steps = step.repeat_interleave(64, 2)[:, :, :131, None]
-    centred = x.float() - shift[:, :, None]
-    assert ((values * steps - centred).abs() <= steps * 0.5001).all()
-    peak = values.abs().int()
-    for block in range(3):
-        assert (peak[:, :, block * 64 : block * 64 + 64].amax((-1, -2)) >= 126).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_int8_rounds_half_away_from_zero(backend, device):
-    x = torch.tensor([127.0, 0.5, -0.5, 1.5, -2.5, 0.0, 0.4, -126.0], device=device).view(1, 1, 1, 8)
-    values, step = quantize_blocks(x, 64, backend=backend)
-    assert step.item() == pytest.approx(1.0, abs=1e-6)
-    # The step is a hair above 1, so that exact halves lie a hair below.
-    assert values.flatten().tolist() == [127, 0, 0, 1, -2, 0, 0, -126]
-    values, _ = quantize_blocks(x * 1.001, 64, backend=backend)
-    assert values.flatten()[0].item() == 127
-    y = torch.tensor([127.0, 0.50001, -0.50001, 1.50001, -2.50001, 0, 0, 0], device=device).view(1, 1, 1, 8)
-    assert quantize_blocks(y, 64, backend=backend)[0].flatten().tolist() == [127, 1, -1, 2, -3, 0, 0, 0]
-
-
-def test_backends_agree_in_int8(device):
-    x = tokens(1, 2, 97, 64, device=device)
-    ours, theirs = (quantize_blocks(x, 32, backend=backend) for backend in BACKENDS)
-    # A division may differ in its last bit: a value at a half may then go either way.
-    assert (ours[0].int() - theirs[0].int()).abs().max() <= 1
-    assert (ours[0] != theirs[0]).float().mean() < 1e-3
-    torch.testing.assert_close(ours[1], theirs[1], atol=1e-7, rtol=1e-6)
-
-
 def test_refuses_what_does_not_fit():
     x = torch.randn(1, 2, 70, 16)
     with pytest.raises(UnsupportedByKernel, match=r"\[B, H, S, D\]"):
@@ -142,8 +105,6 @@ def test_refuses_what_does_not_fit():
         block_summary(x, 64, key_valid=torch.ones(1, 69, dtype=torch.bool))
     with pytest.raises(UnsupportedByKernel, match="contiguous"):
         block_summary(x.transpose(2, 3), 64)
-    with pytest.raises(UnsupportedByKernel, match="shift must be"):
-        quantize_blocks(x, 64, shift=torch.zeros(1, 2, 15))
     with pytest.raises(UnsupportedByKernel, match="empty"):
         block_summary(x[:, :, :0], 64)
 
@@ -151,7 +112,6 @@ def test_refuses_what_does_not_fit():
 def test_custom_ops_keep_their_promises():
     x = torch.randn(2, 3, 70, 8)
     torch.library.opcheck(package._block_summary, (x, 64, True, torch.ones(2, 70, dtype=torch.bool), "torch"))
-    torch.library.opcheck(package._quantize_blocks, (x, 64, token_mean(x), "torch"))
 
 
 def test_carries_no_gradient_and_compiles():

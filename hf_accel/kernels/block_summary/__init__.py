@@ -13,7 +13,7 @@ from hf_accel.errors import UnsupportedByKernel
 from hf_accel.kernels import checks
 from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
 
-__all__ = ["BlockSummary", "backend_for", "block_summary", "quantize_blocks", "token_mean"]
+__all__ = ["BlockSummary", "backend_for", "block_summary"]
 
 OP = "block_summary"
 LIMITS = TritonLimits(max_head_dim=256)
@@ -67,38 +67,6 @@ def block_summary(
     return BlockSummary(*_block_summary(x.detach(), block_size, center, key_valid, chosen))
 
 
-def quantize_blocks(
-    x: torch.Tensor, block_size: int, *, shift: torch.Tensor | None = None, backend: str = "auto"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks of tokens in INT8 with one step each (SageAttention, arXiv 2410.02367; SpargeAttention, section 3).
-
-    Args:
-        x: ``[B, H, S, D]``, as :func:`block_summary`.
-        block_size: tokens per block, which share a step.
-        shift: fp32 ``[B, H, D]``, taken off every token first, e.g. :func:`token_mean`. None: nothing.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-
-    Returns:
-        ``values`` int8 ``[B, H, S, D]``, contiguous, and ``step`` fp32 ``[B, H, ceil(S / block_size)]``: ``step =
-        max|x| / 127 + 1e-7``, ``values = x / step`` rounded half away from zero.
-
-    Raises:
-        UnsupportedByKernel: shapes, dtypes or devices that do not fit together.
-    """
-    op = "quantize_blocks"
-    _validate(op, x, block_size, None)
-    if shift is not None:
-        checks.expect(op, "shift", shift, {"B": x.shape[0], "H": x.shape[1], "D": x.shape[3]}, torch.float32)
-        checks.expect_one_device(op, x=x, shift=shift)
-        shift = shift.contiguous()
-    return _quantize_blocks(x.detach(), block_size, shift, backend_for(x, backend).backend)
-
-
-def token_mean(x: torch.Tensor) -> torch.Tensor:
-    """Mean over all tokens, fp32 ``[B, H, D]`` from ``[B, H, S, D]``, summed in fp32."""
-    return x.detach().mean(2, dtype=torch.float32)
-
-
 @torch.library.custom_op("hf_accel::block_summary", mutates_args=())
 def _block_summary(
     x: torch.Tensor, block_size: int, center: bool, key_valid: torch.Tensor | None, backend: str
@@ -119,26 +87,6 @@ def _(x, block_size, center, key_valid, backend):
     blocks = -(-x.shape[2] // block_size)
     mean = x.new_empty(*x.shape[:2], blocks, x.shape[3], dtype=torch.float32)
     return mean, x.new_empty(mean.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("hf_accel::quantize_blocks", mutates_args=())
-def _quantize_blocks(
-    x: torch.Tensor, block_size: int, shift: torch.Tensor | None, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if backend == "triton":
-        from hf_accel.kernels.block_summary import triton
-
-        with torch.cuda.device_of(x):
-            return triton.quantize_blocks(x, block_size, shift)
-    from hf_accel.kernels.block_summary import reference
-
-    return reference.quantize_blocks(x, block_size, shift)
-
-
-@_quantize_blocks.register_fake
-def _(x, block_size, shift, backend):
-    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return values, x.new_empty(*x.shape[:2], -(-x.shape[2] // block_size), dtype=torch.float32)
 
 
 def _validate(op: str, x: torch.Tensor, block_size: int, key_valid: torch.Tensor | None) -> None:

@@ -24,19 +24,6 @@ def block_summary(
     return mean, direction.square().sum(-1)
 
 
-def quantize_blocks(x: torch.Tensor, block_size: int, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """INT8 values ``[B, H, S, D]`` and steps ``[B, H, n]``; see the package for the meaning."""
-    tokens = x.shape[2]
-    x = x.float()
-    if shift is not None:
-        x = x - shift[:, :, None]
-    x = blocks(x, block_size)
-    step = x.abs().amax((-1, -2)) / 127 + 1e-7
-    x = x / step[..., None, None]
-    rounded = (x + torch.where(x >= 0, 0.5, -0.5)).trunc()
-    return rounded.flatten(2, 3)[:, :, :tokens].to(torch.int8).contiguous(), step
-
-
 def blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
     """``[B, H, S, D]`` as ``[B, H, n, block_size, D]``, the last block filled up with zeros."""
     return F.pad(x, (0, 0, 0, -x.shape[2] % block_size)).unflatten(2, (-1, block_size))

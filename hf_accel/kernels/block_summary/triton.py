@@ -1,7 +1,7 @@
 """Block summaries on a GPU: every token is read once, twice where it is centred first.
 
 One program per block. The kernel is bound by memory: 128 tokens of 128 dims in bf16 are 32 KiB in and half a KiB
-out. It also makes INT8 blocks, which want the same maximum-and-mean walk over the same tile.
+out.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ def summary_kernel(
     X,  # [B, H, S, D]
     Valid,  # uint8 [B, S]; unused unless HAS_VALID
     Shift,  # fp32 [B, H, D], taken off every token; unused unless HAS_SHIFT
-    Mean,  # fp32 [B, H, n, D]; unused unless SUMMARIZE
+    Mean,  # fp32 [B, H, n, D]
     Similarity,  # fp32 [B, H, n]; unused unless COMPARE
-    Int8,  # int8 [B, H, S, D]; unused unless QUANTIZE
-    Step,  # fp32 [B, H, n]; unused unless QUANTIZE
     stride_xb,
     stride_xh,
     stride_xs,
@@ -32,9 +30,7 @@ def summary_kernel(
     num_blocks,
     HAS_VALID: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    SUMMARIZE: tl.constexpr,
     COMPARE: tl.constexpr,
-    QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,  # BLOCK, rounded up to a power of two
     D: tl.constexpr,
@@ -58,21 +54,12 @@ def summary_kernel(
         x = tl.where(element, x - shift[None, :], 0.0)
     cell = group * num_blocks + block
     size = tl.maximum(tl.sum(counts.to(tl.int32), 0), 1).to(tl.float32)
-    if SUMMARIZE:
-        tl.store(Mean + cell * D + d, tl.sum(x, 0) / size, mask=d < D)
+    tl.store(Mean + cell * D + d, tl.sum(x, 0) / size, mask=d < D)
     if COMPARE:
         length = tl.sqrt(tl.sum(x * x, 1))
         # The bound of torch.nn.functional.normalize: a zero row has no direction.
         direction = tl.sum(x / tl.maximum(length, 1e-12)[:, None], 0) / size
         tl.store(Similarity + cell, tl.sum(direction * direction, 0))
-    if QUANTIZE:
-        step = tl.max(tl.max(tl.abs(x), 1), 0) / 127.0 + 1e-7
-        y = x / step
-        # Half away from zero; a conversion to int8 cuts towards zero.
-        y = y + tl.where(y >= 0, 0.5, -0.5)
-        out = (group * num_tokens + token[:, None]) * D + d[None, :]
-        tl.store(Int8 + out, y.to(tl.int8), mask=inside[:, None] & (d[None, :] < D))
-        tl.store(Step + cell, step)
 
 
 def block_summary(
@@ -83,23 +70,15 @@ def block_summary(
     mean = x.new_empty(*x.shape[:2], blocks, x.shape[3], dtype=torch.float32)
     similarity = x.new_empty(mean.shape[:3], dtype=torch.float32)
     shift = token_mean(x, block_size, key_valid) if center else None
-    _launch(x, block_size, key_valid, shift, mean=mean, similarity=similarity)
+    _launch(x, block_size, key_valid, shift, mean, similarity)
     return mean, similarity
-
-
-def quantize_blocks(x: torch.Tensor, block_size: int, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the package."""
-    int8 = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    step = x.new_empty(*x.shape[:2], triton.cdiv(x.shape[2], block_size), dtype=torch.float32)
-    _launch(x, block_size, None, shift, int8=int8, step=step)
-    return int8, step
 
 
 def token_mean(x: torch.Tensor, block_size: int, key_valid: torch.Tensor | None) -> torch.Tensor:
     """fp32 ``[B, H, D]``: mean over all tokens that count, by way of the blocks' means: no fp32 copy of ``x``."""
     blocks = triton.cdiv(x.shape[2], block_size)
     mean = x.new_empty(*x.shape[:2], blocks, x.shape[3], dtype=torch.float32)
-    _launch(x, block_size, key_valid, None, mean=mean)
+    _launch(x, block_size, key_valid, None, mean, None)
     if key_valid is None:
         sizes = torch.full((1, blocks), float(block_size), device=x.device)
         sizes[:, -1] -= blocks * block_size - x.shape[2]
@@ -115,11 +94,8 @@ def _launch(
     block_size: int,
     key_valid: torch.Tensor | None,
     shift: torch.Tensor | None,
-    *,
-    mean: torch.Tensor | None = None,
-    similarity: torch.Tensor | None = None,
-    int8: torch.Tensor | None = None,
-    step: torch.Tensor | None = None,
+    mean: torch.Tensor,
+    similarity: torch.Tensor | None,
 ) -> None:
     batch, heads, tokens, head_dim = x.shape
     blocks = triton.cdiv(tokens, block_size)
@@ -129,16 +105,12 @@ def _launch(
         shift,
         mean,
         similarity,
-        int8,
-        step,
         *x.stride()[:3],
         heads,
         tokens,
         blocks,
         **_constexprs(block_size, head_dim, key_valid is not None, shift is not None),
-        SUMMARIZE=mean is not None,
         COMPARE=similarity is not None,
-        QUANTIZE=int8 is not None,
         num_warps=_warps(block_size, head_dim),
         enable_fp_fusion=True,
     )
@@ -162,24 +134,22 @@ def _warps(block_size: int, head_dim: int) -> int:
 
 
 def aot_cases(cc: int) -> list[AotCase]:
-    """The summary of centred keys, the means alone, and INT8 blocks; nothing here depends on ``cc``."""
-    everything = {"SUMMARIZE": True, "COMPARE": True, "QUANTIZE": False}
+    """The summary, of centred keys too, and the means alone; nothing here depends on ``cc``."""
     cases = []
-    for name, dtype, head_dim, block, has_valid, has_shift, flags in [
-        ("summary", "bf16", 128, 128, False, False, everything),
-        ("centred summary", "bf16", 128, 64, False, True, everything),
-        ("centred summary key_valid", "fp16", 80, 64, True, True, everything),
-        ("summary", "fp32", 256, 128, False, False, everything),
-        ("means", "bf16", 128, 64, True, False, everything | {"COMPARE": False}),
-        ("int8", "bf16", 128, 128, False, True, {"SUMMARIZE": False, "COMPARE": False, "QUANTIZE": True}),
+    for name, dtype, head_dim, block, has_valid, has_shift, compare in [
+        ("summary", "bf16", 128, 128, False, False, True),
+        ("centred summary", "bf16", 128, 64, False, True, True),
+        ("centred summary key_valid", "fp16", 80, 64, True, True, True),
+        ("summary", "fp32", 256, 128, False, False, True),
+        ("means", "bf16", 128, 64, True, False, False),
     ]:
-        types = dict.fromkeys(("Shift", "Mean", "Similarity", "Step"), "fp32")
+        types = dict.fromkeys(("Shift", "Mean", "Similarity"), "fp32")
         cases.append(
             make_case(
                 f"{name} {dtype} D{head_dim} block {block}",
                 summary_kernel,
-                _constexprs(block, head_dim, has_valid, has_shift) | flags,
-                types | {"X": dtype, "Valid": "u8", "Int8": "i8"},
+                _constexprs(block, head_dim, has_valid, has_shift) | {"COMPARE": compare},
+                types | {"X": dtype, "Valid": "u8"},
                 _warps(block, head_dim),
             )
         )
