@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import hf_accel
+from hf_accel import families
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import VideoLayout, block_sizes, inverse_order
 from hf_accel.attention.layout import density as pair_density
@@ -356,3 +357,21 @@ def test_wrong_settings_name_field_value_and_range(setting, value, words):
     with pytest.raises(InvalidSetting) as caught:
         hf_accel.apply(tiny.build("wan"), "svg", **{setting: value})
     assert str(caught.value).startswith(f"svg: setting '{setting}' must be {words}")
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout", "sparsity"),
+    [
+        ("wan2.1-t2v-14b-720p", layout_of(21, 45 * 80), 0.3),
+        ("wan2.1-i2v-14b-720p", layout_of(21, 45 * 80), 0.3),
+        ("wan2.1-i2v-14b-480p", layout_of(21, 30 * 52), 0.3),
+        ("hunyuanvideo-t2v-720p", layout_of(33, 45 * 80, 256), 0.25),
+        ("hunyuanvideo-t2v-480p", layout_of(33, 30 * 45, 256), 0.2),
+        ("cosmos-1.0-14b-text2world", layout_of(16, 44 * 80), 0.25),
+        ("cogvideox-1.5-5b", layout_of(11, 48 * 85, 226, "first"), 0.25),
+    ],
+)
+def test_shipped_densities_stand_for_the_published_sparsities(variant, layout, sparsity):
+    methods = next(v.methods for v in families.variants() if v.name == variant)
+    density = next(m.wanted.config.density for m in methods if m.wanted.method == "svg")
+    assert density == pytest.approx(density_of(sparsity, layout), abs=5e-4)
