@@ -357,6 +357,11 @@ def _check_present(plan: list[tuple[Model, Wanted]]) -> None:
 # -- change and undo -----------------------------------------------------------------------------------------------
 
 
+def installed(module: torch.nn.Module) -> tuple[Installation, ...]:
+    """What stands on a model (not a pipeline), in the order of application."""
+    return tuple(_marks(module))
+
+
 def _marks(module: torch.nn.Module) -> list[Installation]:
     return module.__dict__.get(MARK, [])
 
@@ -367,20 +372,24 @@ def _install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Mod
     ]
     _undo(replaced)
     clock = Clock(target.pipeline)
+    former = {(model.name, old.method.name): old.method for model, old in replaced}
     done: list[tuple[Model, Installation]] = []
     try:
         for model, wanted in plan:
-            done.append((model, _put(model, wanted.config, wanted.origin, clock)))
+            before = former.get((model.name, wanted.method))
+            done.append((model, _put(model, wanted.config, wanted.origin, clock, before)))
     except BaseException:
         _undo(done)
         for model, old in replaced:
-            _put(model, old.method.config, old.report.origin, clock)
+            _put(model, old.method.config, old.report.origin, clock, old.method)
         raise
     return done
 
 
-def _put(model: Model, config: Config, origin: str, clock: Clock) -> Installation:
+def _put(model: Model, config: Config, origin: str, clock: Clock, former: Method | None = None) -> Installation:
     method = registry.get(config.METHOD)(config)
+    if former is not None:
+        method.take_over(former)
     settings = config.to_dict()["settings"]
     report = MethodReport(method.name, settings, model.name, model.class_name, origin)
     installation = Installation(method, Ledger(), report)

@@ -62,3 +62,7 @@ class PresetError(HFAccelError, ValueError):
 
 class UnsupportedByKernel(HFAccelError, ValueError):
     """A kernel cannot do this shape, dtype or device; names what it can do."""
+
+
+class WeightsMismatch(HFAccelError, ValueError):
+    """Trained parameters of a method that do not belong to this model or these settings. Names both sides."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hf_accel.errors import RevertRefused
+from hf_accel.errors import Conflict, RevertRefused
 
 
 class _Missing:
@@ -132,6 +132,17 @@ class Ledger:
         change.new = value
         if earlier is None:
             self.changes.append(change)
+
+    def submodule(self, parent: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+        """Register ``module`` as ``parent.name``: in the state dict while it stands, gone after undo.
+
+        Raises:
+            Conflict: ``parent`` has something of that name.
+        """
+        if hasattr(parent, name):
+            found, ours = type(getattr(parent, name)).__name__, type(module).__name__
+            raise Conflict(f"{_describe(parent, name)} exists already, a {found}; a {ours} belongs there. Take it off.")
+        self.set(parent, name, module)
 
     def pre_hook(self, module: torch.nn.Module, hook: Any) -> None:
         """Register a forward pre-hook ``hook(module, args, kwargs)``. ``hook`` must be an object, not a closure."""

@@ -114,6 +114,7 @@ class Method(ABC):
         summary: one line for ``methods()``.
         facts: see :class:`Facts`.
         Config: the settings class.
+        trained_with: settings to which trained parameters are bound; weights trained with others are refused.
     """
 
     name: ClassVar[str]
@@ -121,6 +122,7 @@ class Method(ABC):
     summary: ClassVar[str]
     facts: ClassVar[Facts]
     Config: ClassVar[type[Settings]]
+    trained_with: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Settings):
         self.config = config
@@ -133,6 +135,13 @@ class Method(ABC):
     @abstractmethod
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
         """Change the model through the ledger and write into the report. May raise; the caller undoes."""
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters that the method added to the model, by dotted name there; empty if it learns nothing."""
+        return {}
+
+    def take_over(self, former: Any) -> None:
+        """Called before :meth:`install` when the same method stood on the model: keep what that one learned."""
 
 
 class AttentionMethod(Method):

@@ -10,7 +10,7 @@ import difflib
 import importlib.metadata
 import re
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Never
 
@@ -143,7 +143,7 @@ def load(reference: str, revision: str | None = None) -> Preset:
         file = path / PRESET_FILE if path.is_dir() else path
         if not file.is_file():
             raise PresetError(f"Folder {reference!r} has no {PRESET_FILE}. Add one, or give the path of the YAML file.")
-        return _read_file(file, str(file))
+        return _beside(_read_file(file, str(file)), str(file.parent))
     if not _REPO_ID.match(reference) or reference.endswith(_FILE_ENDINGS):
         raise PresetError(
             f"No preset file {reference!r} here (looked in {Path.cwd()}). Give an existing path, or 'owner/name' of a "
@@ -151,7 +151,17 @@ def load(reference: str, revision: str | None = None) -> Preset:
         )
     file = _download(reference, revision)
     # Cached files lie in snapshots/<commit>/: the one place that names the commit without another request.
-    return _read_file(file, f"{reference} at commit {file.parent.name}")
+    commit = file.parent.name
+    return _beside(_read_file(file, f"{reference} at commit {commit}"), f"{reference}@{commit}")
+
+
+def _beside(preset: Preset, place: str) -> Preset:
+    """``weights: .`` in a preset means the folder or repo it stands in."""
+    wanted = tuple(
+        replace(w, config=w.config.replace(weights=place)) if getattr(w.config, "weights", None) == "." else w
+        for w in preset.wanted
+    )
+    return replace(preset, wanted=wanted)
 
 
 def to_yaml(preset: Preset) -> str:
