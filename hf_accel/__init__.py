@@ -18,13 +18,26 @@ if TYPE_CHECKING:
     from hf_accel.api import Applied, apply, explain, methods, revert
     from hf_accel.measure.compare import compare
     from hf_accel.registry import register
+    from hf_accel.trained import load_trained, save_trained
 
 _LAZY = {
     "Applied": "api", "apply": "api", "explain": "api", "methods": "api", "revert": "api",
     "compare": "measure.compare", "register": "registry",
+    "load_trained": "trained", "save_trained": "trained",
 }  # fmt: skip
 
-__all__ = ["Applied", "__version__", "apply", "compare", "explain", "methods", "register", "revert"]
+__all__ = [
+    "Applied",
+    "__version__",
+    "apply",
+    "compare",
+    "explain",
+    "load_trained",
+    "methods",
+    "register",
+    "revert",
+    "save_trained",
+]
 
 
 def __getattr__(name: str) -> Any:
