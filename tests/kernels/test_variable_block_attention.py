@@ -72,6 +72,16 @@ BACKENDS = ["triton", "torch"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_integers_that_all_heads_share_need_no_copies(backend):
+    case = Case(density=1.0)
+    case.query_sizes, case.key_sizes, case.query_order = (
+        x[:1, :1].expand_as(x) for x in (case.query_sizes, case.key_sizes, case.query_order)
+    )
+    case.block_map = case.block_map[:1, :1].expand_as(case.block_map)
+    check(case, backend, case.query_order)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", kernel_dtypes(), ids=str)
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
 def test_equals_the_reference(backend, dtype, head_dim, device):

@@ -208,6 +208,7 @@ def launch(
     integers: dict[str, Any] = {"dtype": torch.int32, "device": query.device}
     block_map = block_map.contiguous().view(torch.uint8)
     query_sizes, key_sizes = query_sizes.contiguous(), key_sizes.contiguous()
+    query_order = None if query_order is None else query_order.contiguous()
     run_capacity = max(1, num_keys // run)
     single_capacity = max(1, min(num_keys, (run - 1) * num_clusters))
     unit_runs = torch.empty((2, groups, run_capacity), **integers)
