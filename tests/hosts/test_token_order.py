@@ -137,6 +137,24 @@ def test_model_outputs_with_names(family):
     assert close([ours.sample], [plain.sample])
 
 
+@pytest.mark.parametrize("family", ["wan", "flux", "cogvideox"])
+@torch.no_grad()
+def test_a_function_around_the_model_compiles_to_one_graph(family):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, counter = tiny.build(family), CompileCounter()
+    inputs = [tiny.TINY[family].inputs(model, timestep=t) for t in (900.0, 500.0)]
+    plain = [model(**given).sample for given in inputs]
+    _, _, state, owner = hoisted(model)
+    run = torch.compile(lambda given: model(**given).sample, backend=counter, fullgraph=True)
+    assert close([run(given) for given in inputs], plain)
+    assert counter.frame_count == 1
+    assert owner.asked == 1
+    assert state.context.order is not None
+    torch._dynamo.reset()
+
+
 def test_lora_on_the_first_and_last_layers_added_later():
     from peft import LoraConfig
 
