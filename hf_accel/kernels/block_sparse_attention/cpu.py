@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from hf_accel.errors import UnsupportedByKernel
+from hf_accel.kernels.block_sparse_attention import quantize, reference
 from hf_accel.kernels.block_sparse_attention.index import causal_blocks, listed
 from hf_accel.kernels.softmax_attention import attention_with_lse
+from hf_accel.kernels.tile import compute_capability
 
 LOG2_E = math.log2(math.e)
 # Gathered keys and values of one call, in bytes: more falls out of the cache, fewer calls cost less.
@@ -104,6 +106,29 @@ def block_sparse_attention_backward(
         torch.empty_like(key).copy_(plan.from_key_blocks(grad_key, num_keys)),
         torch.empty_like(value).copy_(plan.from_key_blocks(grad_value, num_keys)),
     )
+
+
+def approximate_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_index: torch.Tensor,
+    block_count: torch.Tensor,
+    block_size: tuple[int, int],
+    scale: float,
+    key_valid: torch.Tensor | None = None,
+    causal: bool = False,
+    *,
+    int8: bool,
+    pv_threshold: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition itself, on whole blocks: it is here to show what the roundings cost, not to be fast."""
+    _check_index(block_index, block_count, -(-key.shape[2] // block_size[1]))
+    result, lse, _ = reference.approximate_attention(
+        query, key, value, block_index, block_count, block_size, scale, key_valid, causal,
+        int8=int8, pv_threshold=pv_threshold, value_dtype=quantize.value_dtype(compute_capability(query)),
+    )  # fmt: skip
+    return torch.empty_like(query).copy_(result), lse
 
 
 @dataclass(frozen=True)

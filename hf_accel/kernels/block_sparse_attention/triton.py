@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase, make_case
-from hf_accel.kernels.block_sparse_attention import triton_backward
+from hf_accel.kernels.block_sparse_attention import triton_approximate, triton_backward
 from hf_accel.kernels.block_sparse_attention.index import split_index
 from hf_accel.kernels.online_softmax import attend_rows, finish
 from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, key_layout, precision
@@ -249,4 +249,4 @@ def aot_cases(cc: int) -> list[AotCase]:
                 tile.num_stages,
             )
         )
-    return cases + triton_backward.aot_cases(cc)
+    return cases + triton_backward.aot_cases(cc) + triton_approximate.aot_cases(cc)
