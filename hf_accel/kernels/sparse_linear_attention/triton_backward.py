@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 
 from hf_accel.kernels.sparse_linear_attention.triton_steps import (
-    dot_state,
+    add_dot_state,
     feature_map,
     feature_map_backward,
     load_rows,
-    load_state,
     load_vector,
 )
 
@@ -96,7 +95,7 @@ def grad_query_kernel(
     GradOut,  # [B, H, Sq, D]
     Denominator,  # fp32 [B, H, Sq]
     Inner,  # fp32 [B, H, Sq]
-    State,  # fp32 [B, Hkv, D, D], of the forward pass
+    State,  # [B, Hkv, PARTS, D, D], of the forward pass
     StateSum,  # fp32 [B, Hkv, D]
     Index,  # int32, rows of max_listed entries; these three unused unless HAS_LIST
     Count,  # int32
@@ -131,6 +130,7 @@ def grad_query_kernel(
     WIDE: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     OPERAND: tl.constexpr,
+    PARTS: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -185,9 +185,8 @@ def grad_query_kernel(
             grad_weights = tl.dot(gradient, tl.trans(value.to(OPERAND)), input_precision=PRECISION) - inner[:, None]
             acc = tl.dot(grad_weights.to(OPERAND), phi_key.to(OPERAND), acc, input_precision=PRECISION)
     if direct == 0:
-        state = load_state(State + key_group * D * D, True, D, BLOCK_D)
-        total = dot_state(gradient, state, PRECISION)
-        acc = total - inner[:, None] * load_vector(StateSum + key_group * D, D, BLOCK_D)[None, :] - acc
+        acc += inner[:, None] * load_vector(StateSum + key_group * D, D, BLOCK_D)[None, :]
+        acc = add_dot_state(-acc, gradient, State + key_group * PARTS * D * D, True, PARTS, D, BLOCK_D, PRECISION)
     features = feature_map(load_rows(Query, row, exists, stride_qs, True, True, D, BLOCK_D), FEATURE_MAP, D, BLOCK_D)
     grad_query = feature_map_backward(features, acc, FEATURE_MAP)
     d = tl.arange(0, BLOCK_D)
@@ -205,7 +204,7 @@ def grad_key_value_kernel(
     GradOut,  # [B, H, Sq, D]
     Denominator,  # fp32 [B, H, Sq]
     Inner,  # fp32 [B, H, Sq]
-    State,  # fp32 [B, H, D, D], of query_totals_kernel
+    State,  # [B, H, PARTS, D, D], of query_totals_kernel
     StateSum,  # fp32 [B, H, D]
     Index,  # int32, rows of max_listed query blocks per key block; these three unused unless HAS_LIST
     Count,  # int32
@@ -244,6 +243,7 @@ def grad_key_value_kernel(
     WIDE: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     OPERAND: tl.constexpr,
+    PARTS: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -308,10 +308,9 @@ def grad_key_value_kernel(
                 grad_features = tl.dot(grad_weights.to(OPERAND), phi_query, grad_features, input_precision=PRECISION)
         if direct == 0:
             # The same total serves both, once as it is and once transposed.
-            state = load_state(State + query_group * D * D, False, D, BLOCK_D)
-            grad_value += dot_state(phi_key, state, PRECISION)
-            state = load_state(State + query_group * D * D, True, D, BLOCK_D)
-            grad_features += dot_state(value, state, PRECISION)
+            StateHead = State + query_group * PARTS * D * D
+            grad_value = add_dot_state(grad_value, phi_key, StateHead, False, PARTS, D, BLOCK_D, PRECISION)
+            grad_features = add_dot_state(grad_features, value, StateHead, True, PARTS, D, BLOCK_D, PRECISION)
             grad_features -= load_vector(StateSum + query_group * D, D, BLOCK_D)[None, :]
     grad_key = feature_map_backward(features, grad_features, FEATURE_MAP)
     if HAS_VALID:

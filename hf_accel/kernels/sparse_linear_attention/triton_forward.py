@@ -69,7 +69,7 @@ def linear_forward_kernel(
     Key,  # [B, Hkv, Sk, D]
     Value,
     KeyValid,  # uint8 [B, Sk]; unused unless HAS_VALID
-    State,  # fp32 [B, Hkv, D, D]
+    State,  # [B, Hkv, PARTS, D, D]
     StateSum,  # fp32 [B, Hkv, D]
     Index,  # int32, rows of max_listed entries; these three unused unless HAS_LIST
     Count,  # int32
@@ -102,6 +102,7 @@ def linear_forward_kernel(
     WIDE: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     OPERAND: tl.constexpr,
+    PARTS: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -154,8 +155,8 @@ def linear_forward_kernel(
                 phi_key = tl.where(counts[:, None], phi_key, 0.0)
             acc, acc_sum = add_linear_tile(phi_query, phi_key.to(OPERAND), value.to(OPERAND), acc, acc_sum, PRECISION)
     out, denominator = finish_linear(
-        phi_query, features, acc, acc_sum, direct, State + key_group * D * D, StateSum + key_group * D,
-        D, BLOCK_D, PRECISION,
+        phi_query, features, acc, acc_sum, direct, State + key_group * PARTS * D * D, StateSum + key_group * D,
+        PARTS, D, BLOCK_D, PRECISION,
     )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     Out += batch * stride_ob + head * stride_oh

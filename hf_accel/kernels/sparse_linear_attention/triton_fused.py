@@ -90,7 +90,7 @@ def fused_forward_kernel(
     Key,  # [B, Hkv, Sk, D]
     Value,
     KeyValid,  # uint8 [B, Sk]; unused unless HAS_VALID
-    State,  # fp32 [B, Hkv, D, D]
+    State,  # [B, Hkv, PARTS, D, D]
     StateSum,  # fp32 [B, Hkv, D]
     BlockIndex,  # int32, rows of max_keep entries: the critical blocks
     BlockCount,  # int32
@@ -130,6 +130,7 @@ def fused_forward_kernel(
     WIDE: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     OPERAND: tl.constexpr,
+    PARTS: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -232,6 +233,6 @@ def fused_forward_kernel(
             )
     out, _ = finish_linear(
         phi_query, phi_query.to(tl.float32), linear, linear_sum, direct,
-        State + key_group * D * D, StateSum + key_group * D, D, BLOCK_D, PRECISION,
+        State + key_group * PARTS * D * D, StateSum + key_group * D, PARTS, D, BLOCK_D, PRECISION,
     )  # fmt: skip
     tl.store(LinearOut + offsets, out.to(LinearOut.dtype.element_ty), mask=element)

@@ -67,17 +67,6 @@ def add_linear_tile(phi_query, phi_key, value, acc, acc_sum, PRECISION: tl.const
 
 
 @triton.jit
-def load_state(State, TRANSPOSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``sum phi^T V`` of one head, fp32 ``[BLOCK_D, BLOCK_D]`` from ``[D, D]``, or its transpose."""
-    i = tl.arange(0, BLOCK_D)
-    offsets = i[None, :] * D + i[:, None] if TRANSPOSED else i[:, None] * D + i[None, :]
-    if BLOCK_D == D:
-        return tl.load(State + offsets)
-    else:
-        return tl.load(State + offsets, mask=(i[:, None] < D) & (i[None, :] < D), other=0.0)
-
-
-@triton.jit
 def load_vector(Vector, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """``sum phi`` of one head, fp32 ``[BLOCK_D]``."""
     i = tl.arange(0, BLOCK_D)
@@ -85,19 +74,29 @@ def load_vector(Vector, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def dot_state(x, state, PRECISION: tl.constexpr):
-    """``x @ state`` with a state in fp32.
-
-    A total over 10**5 tokens, rounded to bf16 once, would be wrong by 2**-9 in every row alike, and what is
-    subtracted from it is not rounded that way. Two bf16 products carry 16 bits of it, in half the shared
-    memory of one TF32 product with 11.
-    """
-    if x.dtype == tl.bfloat16:
-        high = state.to(tl.bfloat16)
-        low = (state - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(x, low, tl.dot(x, high))
-    else:  # Triton compiles what follows a return, too
-        return tl.dot(x, state, input_precision=PRECISION)
+def add_dot_state(
+    acc,  # [rows, BLOCK_D] fp32
+    x,  # [rows, BLOCK_D]
+    State,  # [PARTS, D, D] of one head, in the type of x: the parts add up to ``sum phi^T V``
+    TRANSPOSED: tl.constexpr,
+    PARTS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``acc + x @ state``, or with the state transposed."""
+    i = tl.arange(0, BLOCK_D)
+    # A loop and not two statements: registers for one part at a time.
+    for part in range(0, PARTS):
+        pointers = State + part * D * D + i[:, None] * D + i[None, :]
+        if BLOCK_D == D:
+            state = tl.load(pointers)
+        else:
+            state = tl.load(pointers, mask=(i[:, None] < D) & (i[None, :] < D), other=0.0)
+        if TRANSPOSED:
+            state = tl.trans(state)
+        acc = tl.dot(x, state, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -109,6 +108,7 @@ def finish_linear(
     direct,  # acc is the result itself; otherwise the total minus acc
     State,
     StateSum,
+    PARTS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -116,7 +116,7 @@ def finish_linear(
     """Normalised output and denominator; both 0 where the scope of a row holds nothing."""
     if direct == 0:
         total_sum = tl.sum(features * load_vector(StateSum, D, BLOCK_D)[None, :], 1)
-        acc = dot_state(phi_query, load_state(State, False, D, BLOCK_D), PRECISION) - acc
+        acc = add_dot_state(-acc, phi_query, State, False, PARTS, D, BLOCK_D, PRECISION)
         acc_sum = total_sum - acc_sum
         # ReLU features may be orthogonal to all that is included: the difference is then rounding, not 0.
         acc_sum = tl.where(acc_sum > total_sum * 2e-6, acc_sum, 0.0)
