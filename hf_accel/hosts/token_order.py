@@ -210,6 +210,7 @@ class EntryHook:
         elif (made := state.make(tokens, latents.device)) is not None:
             state.order, state.inverse = made
         else:
+            state.reason = "the token grid of this forward is unknown"
             return None
         moved = {
             name: move_patches(arguments[name], state.order, _known(state.dims), self.door.frames_at)
@@ -275,6 +276,7 @@ class ExitHook:
         return type(output)(sample=self._back(output.sample, inverse))
 
     def _back(self, sample: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        inverse = inverse.to(sample.device)  # offloading may leave the output elsewhere
         if self.door.packed:
             return sample.index_select(1, inverse)
         return move_patches(sample, inverse, _known(self.state.dims), self.door.frames_at)

@@ -201,7 +201,9 @@ class GRAT(AttentionMethod):
         if call.order is not None:
             call.record_kernel("token_order", "at entry and exit", "once per forward")
         else:
-            reason = self._reason if self._order is None else self._order.reason or "the forward was not announced"
+            reason = (
+                self._reason if self._order is None else self._order.reason or "the entry of the model was not passed"
+            )
             call.record_kernel("token_order", "in every call", reason)
         call.record_density(_density(call, plan, valid, grid.tokens))
         return out
