@@ -2,7 +2,8 @@
 
 python benchmarks/attention.py --op variable --shape wan720,wan480 --density 0.1,0.25,0.3 --json OUT.json
 python benchmarks/attention.py --op variable --shape wan720 --density 0.25 --sweep-tiles
-python benchmarks/attention.py --op block --shape cpu8k --density 0.1,0.25
+python benchmarks/attention.py --op block --shape cpu8k --density 0.1,0.25 --mode forward,backward,causal
+python benchmarks/attention.py --op block --shape wan720 --density 0.25 --mode int8
 
 No time is reported for a call whose result is wrong: every configuration is checked first against an fp32
 reference on sampled rows, and the exit code is 1 if one fails.
@@ -11,6 +12,7 @@ reference on sampled rows, and the exit code is 1 if one fails.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,6 +27,10 @@ from hf_accel.kernels import variable_block_attention as variable_package
 from hf_accel.kernels.tile import Tile
 from hf_accel.measure.machine import describe_machine
 
+# What is timed of block_sparse_attention. Density and the dense baseline of "causal" are those of the triangle.
+MODES = ("forward", "backward", "causal", "causal backward", "int8")
+# The roundings cost 0.04; a wrong scale costs 1.
+INT8_TOLERANCE = 8e-2
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 BLOCK = 128
 
@@ -64,13 +70,29 @@ class Problem:
     value: torch.Tensor
     kept_pairs: float = 0.0
     pattern: dict[str, torch.Tensor] = field(default_factory=dict)
+    mode: str = "forward"
+
+    @property
+    def causal(self) -> bool:
+        return self.mode.startswith("causal")
+
+    @property
+    def backward(self) -> bool:
+        return self.mode.endswith("backward")
+
+    @property
+    def dense_pairs(self) -> float:
+        tokens = self.shape.tokens
+        return self.shape.heads * (tokens * (tokens + 1) / 2 if self.causal else tokens**2)
 
     @property
     def density(self) -> float:
-        return self.kept_pairs / (self.shape.heads * self.shape.tokens**2)
+        return self.kept_pairs / self.dense_pairs
 
-    def tflops(self, ms: float) -> float:
-        return 4 * self.shape.head_dim * self.kept_pairs / ms / 1e9
+    def tflops(self, ms: float, pairs: float | None = None) -> float:
+        """Two matrix products forward; five backward, counted as FlashAttention does."""
+        products = 5 if self.backward else 2
+        return 2 * products * self.shape.head_dim * (self.kept_pairs if pairs is None else pairs) / ms / 1e9
 
 
 def problem_for(shape: Shape, device: torch.device, generator: torch.Generator) -> Problem:
@@ -127,8 +149,13 @@ def set_block_pattern(problem: Problem, density: float, generator: torch.Generat
     ends = torch.arange(BLOCK, shape.tokens + BLOCK, BLOCK, device=device).clamp(max=shape.tokens)
     sizes = torch.diff(ends, prepend=ends.new_zeros(1)).int().expand(1, shape.heads, -1)
     block_map = nearest_map(sizes, sizes, density, generator)
-    index, count = block_package.block_map_to_index(block_map)
     problem.kept_pairs = _pairs(block_map, sizes, sizes)
+    if problem.causal:
+        block_map = block_map.tril() | torch.eye(block_map.shape[-1], dtype=torch.bool, device=device)
+        # The diagonal blocks count half; every row keeps its own.
+        own = sizes[0, 0].double()
+        problem.kept_pairs = _pairs(block_map.tril(-1), sizes, sizes) + shape.heads * (own * (own + 1) / 2).sum().item()
+    index, count = block_package.block_map_to_index(block_map)
     problem.pattern = {"block_map": block_map, "block_index": index, "block_count": count}
 
 
@@ -153,7 +180,10 @@ def call_block(problem: Problem, tiles=None):
     arguments = [problem.query, problem.key, problem.value]
     arguments += [problem.pattern[name] for name in ("block_index", "block_count")]
     if tiles is None:
-        return block_package.block_sparse_attention(*arguments, block_size=BLOCK)
+        numerics = "int8" if problem.mode == "int8" else "native"
+        return block_package.block_sparse_attention(
+            *arguments, block_size=BLOCK, causal=problem.causal, numerics=numerics
+        )
     from hf_accel.kernels.block_sparse_attention import triton
 
     return triton.launch(*arguments, (BLOCK, BLOCK), problem.shape.head_dim**-0.5, tile=tiles)
@@ -177,6 +207,8 @@ def errors(problem: Problem, op: str, out: torch.Tensor, lse: torch.Tensor, samp
         else:
             mask = problem.pattern["block_map"][0, head, place // BLOCK].repeat_interleave(BLOCK)
             mask = mask[: shape.tokens]
+            if problem.causal:
+                mask[place + 1 :] = False
         key, value = problem.key[0, head].float(), problem.value[0, head].float()
         scores = key @ problem.query[0, head, row].float() * shape.head_dim**-0.5
         scores = scores.masked_fill(~mask.to(device), float("-inf"))
@@ -189,29 +221,90 @@ def errors(problem: Problem, op: str, out: torch.Tensor, lse: torch.Tensor, samp
     return {"relative_error": relative, "lse_error": lse_error}
 
 
+def gradient_errors(problem: Problem, samples: int = 32) -> dict[str, float]:
+    """Relative errors of dQ, dK, dV on sampled rows, in fp32 from the (checked) output and LSE of the forward pass."""
+    generator = torch.Generator().manual_seed(2)
+    shape, device = problem.shape, problem.query.device
+    scale = shape.head_dim**-0.5
+    out, lse, grad_out, run = backward_of(problem, call_block)
+    gradients = run()
+    token_block = torch.arange(shape.tokens, device=device) // BLOCK
+    got: dict[str, list[torch.Tensor]] = {"query": [], "key": [], "value": []}
+    expected: dict[str, list[torch.Tensor]] = {"query": [], "key": [], "value": []}
+    for _ in range(samples):
+        head = int(torch.randint(shape.heads, (), generator=generator))
+        place = int(torch.randint(shape.tokens, (), generator=generator))
+        query, key, value, grad, o, row_lse = (
+            x[0, head].detach().float() for x in (problem.query, problem.key, problem.value, grad_out, out, lse)
+        )
+        block_map = problem.pattern["block_map"][0, head]
+        kept, keepers = block_map[place // BLOCK][token_block], block_map[:, place // BLOCK][token_block]
+        if problem.causal:
+            kept[place + 1 :], keepers[:place] = False, False
+        delta = (grad * o).sum(-1)
+        weight = ((key @ query[place]) * scale - row_lse[place]).exp() * kept
+        step = weight * (value @ grad[place] - delta[place])
+        expected["query"].append(scale * (step @ key))
+        weight = ((query @ key[place]) * scale - row_lse).exp() * keepers
+        step = weight * (grad @ value[place] - delta)
+        expected["key"].append(scale * (step @ query))
+        expected["value"].append(weight @ grad)
+        for name, x in zip(got, gradients, strict=True):
+            got[name].append(x[0, head, place].float())
+    return {f"grad_{name}_error": relative_error(torch.stack(got[name]), torch.stack(expected[name])) for name in got}
+
+
+def backward_of(problem: Problem, call: Callable[[Problem], Any]):
+    """Run ``call`` once and return its output, its LSE (None if it has none), a gradient and the backward pass."""
+    inputs = [x.detach().requires_grad_() for x in (problem.query, problem.key, problem.value)]
+    result = call(replace(problem, query=inputs[0], key=inputs[1], value=inputs[2]))
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    generator = torch.Generator(out.device).manual_seed(3)
+    grad = torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype)
+
+    def run():
+        return torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+    return out, lse, grad, run
+
+
+def timed_part(problem: Problem, call: Callable[[Problem], Any]) -> Callable[[], Any]:
+    return backward_of(problem, call)[-1] if problem.backward else functools.partial(call, problem)
+
+
 def dense_baselines(problem: Problem) -> list[dict[str, Any]]:
     """Every dense attention that this machine offers, the fastest first."""
     device = problem.query.device
     backends = {"sdpa": None}
     if device.type == "cuda":
         backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
-    flops = 4 * problem.shape.heads * problem.shape.tokens**2 * problem.shape.head_dim
     records = []
 
-    def dense(backend):
+    def dense(backend, given):
+        def attend():
+            qkv = (given.query, given.key, given.value)
+            return torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=given.causal)
+
         if backend is None:
-            return torch.nn.functional.scaled_dot_product_attention(problem.query, problem.key, problem.value)
+            return attend()
         with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(problem.query, problem.key, problem.value)
+            return attend()
 
     for name, backend in backends.items():
         try:
-            timing = time_call(lambda backend=backend: dense(backend), device)
+            call = functools.partial(dense, backend)
+            timing = time_call(timed_part(problem, call), device)
         except RuntimeError as error:
             print(f"  {name}: not available: {str(error).splitlines()[0]}")
             continue
-        records.append({"dense": name, **as_record(timing), "tflops": round(flops / timing.p50_ms / 1e9, 3)})
-        print(f"  dense {name}: {timing.p50_ms:.2f} ms, {flops / timing.p50_ms / 1e9:.3g} TFLOP/s")
+        records.append(
+            {
+                "dense": name,
+                **as_record(timing),
+                "tflops": round(tflops := problem.tflops(timing.p50_ms, problem.dense_pairs), 3),
+            }
+        )
+        print(f"  dense {name}: {timing.p50_ms:.2f} ms, {tflops:.3g} TFLOP/s")
     return sorted(records, key=lambda record: record["p50_ms"])
 
 
@@ -287,9 +380,16 @@ def measure(problem: Problem, op: str, tiles=None) -> dict[str, Any]:
     """Check, then time. A wrong result has no time."""
     call = {"variable": call_variable, "block": call_block}[op]
     record: dict[str, Any] = errors(problem, op, *call(problem, tiles))
-    record["correct"] = record["relative_error"] <= TOLERANCE[problem.shape.dtype] and record["lse_error"] < 1e-2
+    tolerance = INT8_TOLERANCE if problem.mode == "int8" else TOLERANCE[problem.shape.dtype]
+    record["correct"] = record["relative_error"] <= tolerance
+    record["correct"] &= record["lse_error"] < (5e-2 if problem.mode == "int8" else 1e-2)
+    if problem.backward:
+        record |= gradient_errors(problem)
+        # Weights and their gradients are rounded once more than forward.
+        record["correct"] &= max(v for k, v in record.items() if k.startswith("grad_")) <= 2 * tolerance
     if record["correct"]:
-        timing = time_call(lambda: call(problem, tiles), problem.query.device)
+        run = functools.partial(call, tiles=tiles)
+        timing = time_call(timed_part(problem, run), problem.query.device)
         record |= as_record(timing) | {"tflops": round(problem.tflops(timing.p50_ms), 3)}
     return record
 
@@ -308,17 +408,61 @@ def sweep(problem: Problem, op: str, device: torch.device) -> list[dict[str, Any
     return sorted(records, key=lambda record: record.get("p50_ms", float("inf")))
 
 
+def one_density(problem, options, backend, dense, name, wanted, generator) -> dict[str, Any]:
+    """The record of one shape, mode and density, printed as it is made."""
+    shape = problem.shape
+    (set_variable_pattern if options.op == "variable" else set_block_pattern)(problem, wanted, generator)
+    record = {
+        "op": options.op,
+        "shape": name if problem.mode == "forward" else f"{name} {problem.mode}",
+        "tensor": [1, shape.heads, shape.tokens, shape.head_dim],
+        "dtype": str(shape.dtype),
+        "backend": backend,
+        "density": round(problem.density, 4),
+        "dense_baselines": dense,
+    }
+    if options.sweep_tiles:
+        record["sweep"] = sweep(problem, options.op, problem.query.device)
+    record |= measure(problem, options.op)
+    call = call_variable if options.op == "variable" else call_block
+    record["kernels_ms"] = kernel_times(call, problem)
+    if options.flex:
+        record |= time_flex(problem, generator, wanted)
+    if record["correct"]:
+        best = dense[0]["p50_ms"]
+        goal = shape.goal * problem.density * best
+        record |= {"dense_ms": best, "speedup": best / record["p50_ms"], "goal_ms": goal}
+        record |= {"bound_speedup": 1 / problem.density}
+        record |= {"times_density_dense": record["p50_ms"] / (problem.density * best)}
+        print(
+            f"  density {problem.density:.3f}: {record['p50_ms']:.2f} ms, {record['tflops']} TFLOP/s, "
+            f"{record['speedup']:.2f}x dense (bound {1 / problem.density:.1f}x), "
+            f"{record['times_density_dense']:.2f} x density x dense; goal {goal:.2f} ms; "
+            f"error {record['relative_error']:.1e}"
+        )
+    else:
+        print(f"  density {problem.density:.3f}: WRONG, error {record['relative_error']:.1e}: not timed")
+    if record["kernels_ms"]:
+        print(f"    kernels, ms: {record['kernels_ms']}")
+    if record.get("flex"):
+        print(f"    flex at density {record['flex_density']:.3f}: {record['flex']['p50_ms']:.2f} ms")
+    return record
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=("variable", "block"), default="variable")
     parser.add_argument("--shape", default="cpu8k", help=f"comma-separated: {', '.join(SHAPES)}")
     parser.add_argument("--density", default="0.1,0.25,0.3")
+    parser.add_argument("--mode", default="forward", help=f"comma-separated, for --op block: {', '.join(MODES)}")
     parser.add_argument("--heads", type=int, help="fewer heads than the shape has")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--flex", action="store_true", help="also time compiled flex_attention (slow to compile)")
     parser.add_argument("--sweep-tiles", action="store_true", help="time every candidate tile at each density")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args()
+    if unknown := sorted(set(options.mode.split(",")) - set(MODES if options.op == "block" else MODES[:1])):
+        parser.error(f"--op {options.op} has no mode {', '.join(unknown)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -330,45 +474,17 @@ def main() -> int:
         problem = problem_for(shape, device, generator)
         package = variable_package if options.op == "variable" else block_package
         choice = package.backend_for(problem.query)
-        print(f"{shape} backend {choice.backend} ({choice.reason})")
-        dense = dense_baselines(problem)
-        for wanted in map(float, options.density.split(",")):
-            (set_variable_pattern if options.op == "variable" else set_block_pattern)(problem, wanted, generator)
-            record = {
-                "op": options.op,
-                "shape": name,
-                "tensor": [1, shape.heads, shape.tokens, shape.head_dim],
-                "dtype": str(shape.dtype),
-                "backend": choice.backend,
-                "density": round(problem.density, 4),
-                "dense_baselines": dense,
-            }
-            if options.sweep_tiles:
-                record["sweep"] = sweep(problem, options.op, device)
-            record |= measure(problem, options.op)
-            call = call_variable if options.op == "variable" else call_block
-            record["kernels_ms"] = kernel_times(call, problem)
-            if options.flex:
-                record |= time_flex(problem, generator, wanted)
-            if record["correct"]:
-                best = dense[0]["p50_ms"]
-                goal = shape.goal * problem.density * best
-                record |= {"dense_ms": best, "speedup": best / record["p50_ms"], "goal_ms": goal}
-                record |= {"bound_speedup": 1 / problem.density}
-                record |= {"times_density_dense": record["p50_ms"] / (problem.density * best)}
-                print(
-                    f"  density {problem.density:.3f}: {record['p50_ms']:.2f} ms, {record['tflops']} TFLOP/s, "
-                    f"{record['speedup']:.2f}x dense (bound {1 / problem.density:.1f}x), "
-                    f"{record['times_density_dense']:.2f} x density x dense; goal {goal:.2f} ms; "
-                    f"error {record['relative_error']:.1e}"
-                )
-            else:
-                print(f"  density {problem.density:.3f}: WRONG, error {record['relative_error']:.1e}: not timed")
-            if record["kernels_ms"]:
-                print(f"    kernels, ms: {record['kernels_ms']}")
-            if record.get("flex"):
-                print(f"    flex at density {record['flex_density']:.3f}: {record['flex']['p50_ms']:.2f} ms")
-            records.append(record)
+        for mode in options.mode.split(","):
+            problem.mode = mode
+            print(f"{shape} {problem.mode}, backend {choice.backend} ({choice.reason})")
+            if problem.mode == "int8" and choice.backend == "torch":
+                print("  int8: the torch backend only imitates its roundings: not timed")
+                continue
+            dense = dense_baselines(problem)
+            records += [
+                one_density(problem, options, choice.backend, dense, name, wanted, generator)
+                for wanted in map(float, options.density.split(","))
+            ]
     save(options.json, machine, records)
     return 0 if all(record["correct"] for record in records) else 1
 
