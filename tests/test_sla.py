@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import hf_accel
-from hf_accel import parameters, trained
+from hf_accel import parameters
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import expand_block_map
 from hf_accel.errors import Conflict, InvalidSetting, WeightsMismatch
