@@ -176,6 +176,31 @@ def test_first_gradients():
         assert torch.allclose(grad, tensor.grad, atol=1e-5)
 
 
+def test_gradients_of_a_compiled_model_reach_the_projection():
+    model = tiny.build("wan")
+
+    def gradients(of):
+        model.zero_grad()
+        tiny.run(of, "wan", size=SIZE).square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with hf_accel.apply(model, "sla", topk=0.4) as applied:
+        train_by_hand(model)
+        eager = gradients(model)
+        torch._dynamo.reset()
+        compiled = gradients(torch.compile(model, backend="aot_eager"))
+        assert not applied.report().entries[0].run.dense_calls
+    torch._dynamo.reset()
+    assert eager.keys() == compiled.keys()
+    assert all(torch.allclose(eager[n], compiled[n], atol=1e-6) for n in eager)
+    assert eager["blocks.0.attn1.proj_l.weight"].any()
+
+
+def test_a_grid_of_another_length_is_no_reason_to_stop():
+    call = attention_call(320, TokenGrid(3, 8, 8, "none"))
+    assert (method(topk=0.4).classify(call).critical.sum(-1) == 2).all()
+
+
 def test_per_query_masks_run_dense():
     call = attention_call(mask=torch.ones(1, 1, 320, 320, dtype=torch.bool).tril())
     assert torch.equal(method().attend(call, None), call.dense())

@@ -382,6 +382,13 @@ def test_everything_trained_is_saved_and_loaded(tmp_path, rank):
     tuner.fit(batch)
     student = forward(tuner.model)
     folder = hf_accel.save_trained(tuner.model, tmp_path / "saved", base_weights=rank is None)
+    if rank is not None:  # the file is one that diffusers reads by itself
+        plain = tiny.build("wan")
+        plain.load_lora_adapter(str(folder), weight_name=adapters.FILE, prefix=None, adapter_name="x")
+        ours = adapters.lora_parameters(tuner.model, trained.ADAPTER)
+        theirs = adapters.lora_parameters(plain, "x")
+        assert len(ours) == len(theirs) > 0
+        assert all(torch.equal(ours[n.replace(".x.", f".{trained.ADAPTER}.")], p) for n, p in theirs.items())
     model = tiny.build("wan")
     applied = hf_accel.load_trained(model, folder)
     assert torch.equal(forward(model), student)

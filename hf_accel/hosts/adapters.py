@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,19 @@ def without(model: torch.nn.Module, name: str) -> Iterator[None]:
 
 
 def save(model: Any, folder: Path, name: str) -> Path:
-    """Write one adapter with its configuration as :data:`FILE`; diffusers loads it with ``load_lora_adapter``."""
+    """Write one adapter with its configuration as :data:`FILE`; diffusers loads it with ``load_lora_adapter``.
+
+    As the model's own ``save_lora_adapter`` does, which also calls ``model.to()`` and warns of modules kept in fp32.
+    """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_lora_adapter(folder, adapter_name=name, weight_name=FILE)
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config[name].to_dict().items()}
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, sort_keys=True)}
+    tensors = get_peft_model_state_dict(model, adapter_name=name)
+    save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / FILE, metadata=metadata)
     return folder / FILE
 
 

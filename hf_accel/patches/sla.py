@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_accel import parameters
-from hf_accel.attention.call import AttentionCall
+from hf_accel.attention.call import AttentionCall, TokenGrid
 from hf_accel.attention.layout import VideoLayout, block_sizes, density
 from hf_accel.attention.selectors import top_k
 from hf_accel.config import setting
@@ -74,6 +74,34 @@ class BlockClasses(NamedTuple):
     negligible: torch.Tensor | None
 
 
+class Geometry(NamedTuple):
+    """What the lengths of a call decide.
+
+    Attributes:
+        text: bool ``[query blocks, key blocks]``: a text token on either side.
+        ranked: key blocks without text, of which ``topk`` is a share.
+        query_sizes, key_sizes: tokens per block.
+    """
+
+    text: torch.Tensor
+    ranked: int
+    query_sizes: torch.Tensor
+    key_sizes: torch.Tensor
+
+    @classmethod
+    def of(cls, call: AttentionCall, block_q: int, block_k: int) -> Geometry:
+        """Built on the CPU and moved once, so that no layer waits for a device."""
+        sizes = [block_sizes(call.query.shape[2], size) for size in (block_q, block_k)]
+        rows, columns = (torch.zeros_like(size, dtype=torch.bool) for size in sizes)
+        # A host without a grid, or with one of another length, tells of no text.
+        if call.grid is not None and call.grid.video_span(call.query.shape[2]) is not None:
+            layout = VideoLayout.of(call)
+            rows, columns = layout.text_blocks(block_q), layout.text_blocks(block_k)
+        device = call.query.device
+        text = (rows[:, None] | columns).to(device)
+        return cls(text, int((~columns).sum()), *(size.to(device) for size in sizes))
+
+
 @register
 class SLA(AttentionMethod):
     """Exact attention on critical blocks plus projected linear attention on the rest."""
@@ -97,6 +125,7 @@ class SLA(AttentionMethod):
         super().__init__(config)
         self._names: list[str] = []
         self._projections: list[torch.nn.Linear] = []
+        self._geometries: dict[tuple[int, TokenGrid | None, torch.device], Geometry] = {}
         self._known_to_be_trained = config.topk == 1  # nothing is left to the linear branch
 
     # -- parameters ------------------------------------------------------------------------------------------------
@@ -171,17 +200,17 @@ class SLA(AttentionMethod):
     @torch.no_grad()
     def classify(self, call: AttentionCall, valid: torch.Tensor | None = None) -> BlockClasses:
         """Which blocks are critical and which negligible. ``valid``: ``[B, S]`` keys that are not hidden."""
-        settings = self.config
+        settings, geometry = self.config, self._geometry(call)
         query = block_summary(call.query, settings.block_q, backend=settings.backend).mean
         key = block_summary(call.key, settings.block_k, center=True, key_valid=valid, backend=settings.backend).mean
-        scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT
-        text_rows, text_columns = (text_blocks(call, size) for size in (settings.block_q, settings.block_k))
-        ranked = int((~text_columns).sum())
-        text_rows, text_columns = text_rows.to(scores.device), text_columns.to(scores.device)
+        if (group := query.shape[1] // key.shape[1]) > 1:
+            key = key.repeat_interleave(group, dim=1)
+        scores = query @ key.mT
+        ranked = geometry.ranked
         kept = min(max(1, share_of(settings.topk, ranked)), ranked)
-        critical = (text_columns | text_rows[:, None]).expand_as(scores)
+        critical = geometry.text.expand_as(scores)
         if kept:
-            critical = critical | top_k(scores.masked_fill(text_columns, float("-inf")), kept)
+            critical = critical | top_k(scores.masked_fill(geometry.text, float("-inf")), kept)
         if settings.linear_scope != "marginal":
             return BlockClasses(critical, None)
         negligible = torch.zeros_like(critical)
@@ -189,10 +218,19 @@ class SLA(AttentionMethod):
             negligible = top_k((-scores).masked_fill(critical, float("-inf")), dropped) & ~critical
         return BlockClasses(critical, negligible)
 
+    def _geometry(self, call: AttentionCall) -> Geometry:
+        """What depends on lengths alone, kept for the next layers and steps."""
+        key = call.query.shape[2], call.grid, call.query.device
+        if key not in self._geometries:
+            if len(self._geometries) >= 8:  # resolutions in use at a time
+                self._geometries.clear()
+            self._geometries[key] = Geometry.of(call, self.config.block_q, self.config.block_k)
+        return self._geometries[key]
+
     def _record_density(self, call: AttentionCall, critical: torch.Tensor) -> None:
-        sizes = (block_sizes(call.query.shape[2], size) for size in (self.config.block_q, self.config.block_k))
-        expanded = (size.to(critical.device).expand(*critical.shape[:2], -1) for size in sizes)
-        call.record_density(density(critical, *expanded))
+        geometry = self._geometry(call)
+        sizes = (size.expand(*critical.shape[:2], -1) for size in (geometry.query_sizes, geometry.key_sizes))
+        call.record_density(density(critical, *sizes))
 
     def _warn_if_untrained(self) -> None:
         """Once: at inference with zero ``proj_l`` this is plain block-sparse attention. Reads parameters once."""
@@ -220,10 +258,3 @@ def zero_projection(name: str, attention: torch.nn.Module) -> torch.nn.Linear:
 def share_of(share: float, blocks: int) -> int:
     """``floor(share * blocks)``; a product that only rounding keeps below a whole number counts as that number."""
     return int(share * blocks * (1 + 1e-9))
-
-
-def text_blocks(call: AttentionCall, size: int) -> torch.Tensor:
-    """Bool ``[ceil(S / size)]`` on the CPU: blocks that hold a text token; none where the host tells of no text."""
-    if call.grid is None:
-        return torch.zeros(-(-call.query.shape[2] // size), dtype=torch.bool)
-    return VideoLayout.of(call).text_blocks(size)
