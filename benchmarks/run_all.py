@@ -36,7 +36,14 @@ def commands(gpu: bool, quality: bool) -> list[list[str]]:
         ["kmeans.py", "--shape", shapes, "--json", f"kmeans_{where}.json"],
         ["svg2_attention.py", "--shape", shapes if gpu else "mini-wan,cpu8k", "--json", f"svg2_attention_{where}.json"],
     ]
+    grid = ["21", "45", "80"] if gpu else ["8", "32", "32"]
+    heads = ["40", "128"] if gpu else ["4", "64"]
+    bench = ["-m", "hf_accel.cli", "bench", "attention", "--grid", *grid, "--heads", heads[0], "--head-dim", heads[1]]
+    runs.append([*bench, "--json", f"attention_methods_{where}.json", "--picture", f"attention_methods_{where}.png"])
+    runs.append(["break_even.py"])
     if quality:
+        pictures = str(HERE.parent / "docs" / "img" / "sparse-quality")
+        runs.append(["sparse_quality.py", "--json", "sparse_quality.json", "--picture", pictures])
         runs.append(["svg2_quality.py", "--json", "svg2_quality.json", "--plot", "svg2_quality.png"])
     return runs
 
@@ -49,8 +56,9 @@ def main() -> int:
     for run in commands(torch.cuda.is_available(), options.quality):
         script, *rest = run
         rest = [str(HERE / "results" / word) if word.endswith((".json", ".png")) else word for word in rest]
-        print("$", "python", f"benchmarks/{script}", *rest, flush=True)
-        if subprocess.run([sys.executable, str(HERE / script), *rest], check=False).returncode:
+        program = script if script == "-m" else str(HERE / script)
+        print("$", "python", program, *rest, flush=True)
+        if subprocess.run([sys.executable, program, *rest], check=False, cwd=HERE.parent).returncode:
             failed.append(script)
     print("failed: " + ", ".join(failed) if failed else "all benchmarks ran")
     return len(failed)

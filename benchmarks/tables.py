@@ -104,8 +104,69 @@ def judge(data: dict[str, Any]) -> str:
     )
 
 
+def sparse_quality(data: dict[str, Any]) -> str:
+    """Every sparse attention method on mini-wan at equal densities."""
+    rows = [
+        [
+            row["method"],
+            ", ".join(f"{wanted:g}" for wanted in row["wanted"]),
+            f"{row['density']:.3f}",
+            f"{row['psnr_mean']:.2f}",
+            f"{row['psnr_worst']:.2f}",
+            f"{row['ssim_mean']:.4f}",
+            f"{row['ssim_worst']:.4f}",
+            f"{row['sparse_share']:.0%}",
+            f"{row['attention_time_ratio']:.2f}",
+            f"{row['whole_time_ratio']:.2f}",
+        ]
+        for row in data["summary"]
+        if row["method"] != "dense"
+    ]
+    head = ["method", "wanted", "density", "PSNR mean, dB", "worst", "SSIM mean", "worst", "sparse calls"]
+    head += ["attention x", "whole x"]
+    prompts, steps = len(data["baselines"]), data["call"]["num_inference_steps"]
+    return (
+        f"{prompts} held-out prompts, same seeds, {steps} steps, guidance {data['call']['guidance_scale']}; "
+        f"dense_steps={data['dense_steps']} and dense_layers={data['dense_layers']} for all. Density is of the sparse "
+        "calls; several wanted densities in a row mean that the method reaches nothing nearer at this grid. Attention "
+        "x and whole x: dense time over the method's, selection included. "
+        f"{machine(data['machine'])}\n\n{table(head, rows)}\n\n"
+        "![quality against attention time](img/sparse-quality.png)\n"
+        "![quality against density](img/sparse-quality-density.png)"
+    )
+
+
+def attention_bench(data: dict[str, Any]) -> str:
+    """``hf-accel bench attention`` on one shape."""
+    rows = [
+        [
+            row["method"],
+            f"{row['density']:.3f}",
+            f"{row['dense_ms']['p50_ms']:.1f}",
+            f"{row['method_ms']['p50_ms']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['bound']:.2f}",
+            f"{row['relative_l1']:.3f}",
+            f"{row['cosine']:.4f}",
+        ]
+        for row in data["rows"]
+    ]
+    shape = data["shape"]
+    grid = "x".join(map(str, shape["grid"])) + " = " if shape["grid"] else ""
+    head = ["method", "density", "dense, ms", "method, ms", "ratio", "bound", "L1 error", "cosine"]
+    skipped = "".join(f"\n\n{method}: {reason}" for method, reason in data["skipped"].items())
+    return (
+        f"{grid}{shape['tokens']} tokens, {shape['heads']} heads x {shape['head_dim']}, {shape['dtype']}, synthetic "
+        f"video tokens, selection included, warm state; dense is {data['dense']}, the fastest of "
+        f"{', '.join(data['dense_ms'])}. {machine(data['machine'])}\n\n{table(head, rows)}{skipped}"
+    )
+
+
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("svg2_quality.json", "Quality of svg2 on mini-wan", quality),
+    ("sparse_quality.json", "Sparse attention methods on mini-wan", sparse_quality),
+    ("attention_methods_cpu.json", "All attention methods on one shape, on a CPU", attention_bench),
+    ("attention_methods_gpu.json", "All attention methods on one shape, on a GPU", attention_bench),
     ("mini_wan_judge.json", "What mini-wan shows of its prompts", judge),
     ("svg2_attention_cpu.json", "Attention time of svg2 on a CPU", svg2_attention),
     ("svg2_attention_gpu.json", "Attention time of svg2 on a GPU", svg2_attention),

@@ -87,9 +87,11 @@ def look_up(method: str, settings: Mapping[str, Any], budget: str | None, shape:
     nearest = min((abs(math.log(row["head_dim"] / shape.head_dim)), row["head_dim"]) for row in rows)[1]
     rows = [row for row in rows if row["head_dim"] == nearest]
     wanted = settings.get(budget) if budget is not None else None
+    if budget is None:  # there is nothing to interpolate along
+        rows = [row for row in rows if not _different(settings, row["settings"], None)]
     costs = _costs_by_length(rows, wanted)
     if not costs:
-        return unknown(f"not measured at {budget}={wanted}" if budget is not None else "not measured")
+        return unknown(f"not measured at {budget}={wanted}" if budget is not None else "not measured at these settings")
     cost = _interpolate([(math.log(tokens), cost) for tokens, cost in costs], math.log(shape.tokens))
     if cost is None:
         return unknown(f"measured only between {costs[0][0]} and {costs[-1][0]} tokens")

@@ -106,6 +106,15 @@ def test_a_budget_that_is_no_number_must_be_equal(shipped):
     assert look_up("svg2", {"variant": "C"}, "variant", shape).ratio is None
 
 
+def test_without_a_budget_the_settings_must_be_equal(shipped):
+    shipped([row(1024, None, 1.5, settings={"variant": "X", "dense_steps": 0})])
+    shape = Shape("a measured device", 1024, 128, "bfloat16")
+    assert look_up("svg2", {"variant": "X", "dense_steps": 5}, None, shape).ratio == pytest.approx(1.5)
+    assert look_up("svg2", {"variant": "B", "dense_steps": 0}, None, shape).words.endswith(
+        "not measured at these settings"
+    )
+
+
 # -- in a model ----------------------------------------------------------------------------------------------------
 
 QUICK = {"kmeans_iter_init": 2, "num_q_centroids": 6, "num_k_centroids": 9, "dense_steps": 0, "dense_layers": 0}

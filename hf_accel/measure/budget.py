@@ -84,6 +84,7 @@ class Dial:
             self._density(density)  # many budgets are a density, and then this is it
         ends = self._density(low), self._density(high)
         rising = ends[1] >= ends[0]
+        plateaus = 0  # whole blocks: many values have one density, and what lies between two steps is out of reach
         while self._tries < TRIES:
             below = [v for v, d in self._known.items() if (d < density) == rising and d != density]
             above = [v for v, d in self._known.items() if (d < density) != rising and d != density]
@@ -93,7 +94,9 @@ class Dial:
             middle = _between(left, right, whole)
             if middle in (left, right) or left >= right:
                 return
-            self._density(middle)
+            plateaus += self._density(middle) in (self._known[left], self._known[right])
+            if plateaus == 4:
+                return
 
 
 def _range(method: type[Method], field: dataclasses.Field) -> tuple[float, float, bool]:
