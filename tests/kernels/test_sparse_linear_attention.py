@@ -127,13 +127,13 @@ def test_gradients_of_scopes_and_feature_maps(backend, linear_scope, feature_map
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)])
+@pytest.mark.parametrize("block_size", [(128, 64), (64, 128)])
 @pytest.mark.parametrize("lengths", [(129, 257), (128, 256), (1, 1), (64, 1)], ids=lambda x: f"{x[0]}x{x[1]}")
 def test_ragged_last_blocks(backend, block_size, lengths, device):
     case = Case((1, 1, 1, *lengths, 16), block_size, device=device, shares=(0.4, 0.3))
-    for linear_scope in ("rest", "marginal"):
-        check(case, backend, linear_scope=linear_scope)
-        check_gradients(case, backend, linear_scope=linear_scope)
+    check(case, backend, linear_scope="rest")
+    check(case, backend, linear_scope="marginal")
+    check_gradients(case, backend, linear_scope="marginal")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

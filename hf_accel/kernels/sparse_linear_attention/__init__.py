@@ -84,21 +84,24 @@ def sparse_linear_attention(
     _check_settings(feature_map, linear_scope, skip_index, skip_count)
     scale = checks.resolve_scale(OP, scale, query.shape[-1])
     _validate(query, key, value, block_index, block_count, skip_index, skip_count, sizes, key_valid)
+    query_block, key_block = sizes
     chosen = backend_for(query, backend).backend
-    key_blocks = -(-key.shape[2] // sizes[1])
+    key_blocks = -(-key.shape[2] // key_block)
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if chosen == "triton" and not needs_gradient:
         lists = _lists_beside_the_critical(block_index, block_count, skip_index, skip_count, linear_scope, key_blocks)
         return _fused_forward(
             query, key, value, block_index, block_count, *lists, linear_scope != "all",
-            *sizes, scale, feature_map, key_valid,
+            query_block, key_block, scale, feature_map, key_valid,
         )  # fmt: skip
     sparse_out, _ = block_sparse_attention(
         query, key, value, block_index, block_count,
-        block_size=sizes, scale=scale, key_valid=key_valid, backend=backend,
+        block_size=(query_block, key_block), scale=scale, key_valid=key_valid, backend=backend,
     )  # fmt: skip
     included = linear_block_map(block_index, block_count, skip_index, skip_count, linear_scope, key_blocks)
-    linear_out, _ = _linear_attention(query, key, value, included, *sizes, feature_map, key_valid, chosen)
+    linear_out, _ = _linear_attention(
+        query, key, value, included, query_block, key_block, feature_map, key_valid, chosen
+    )  # fmt: skip
     return sparse_out, linear_out
 
 
@@ -114,9 +117,11 @@ def _lists_beside_the_critical(
 
     None where its loop over the critical blocks, which it subtracts from the total, is all there is to do.
     """
-    if linear_scope == "all" or (linear_scope == "rest" and 2 * block_index.shape[-1] <= key_blocks):
+    included = None
+    if linear_scope != "rest" or 2 * block_index.shape[-1] > key_blocks:
+        included = linear_block_map(block_index, block_count, skip_index, skip_count, linear_scope, key_blocks)
+    if included is None:
         return None, None, None
-    included = linear_block_map(block_index, block_count, skip_index, skip_count, linear_scope, key_blocks)
     return shorter_lists(included, subtracted=index_to_block_map(block_index, block_count, key_blocks))
 
 

@@ -17,11 +17,14 @@ def linear_block_map(
     linear_scope: str,
     key_blocks: int,
 ) -> torch.Tensor | None:
-    """bool ``[B or 1, H or 1, nq, nk]``: the pairs of the scope; None for ``"all"``, where it is every pair."""
+    """bool ``[B or 1, H or 1, nq, nk]``: the pairs of the scope; None for ``"all"``, where it is every pair.
+
+    Skip lists are given with ``"marginal"`` and only then.
+    """
     if linear_scope == "all":
         return None
     included = ~index_to_block_map(block_index, block_count, key_blocks)
-    if linear_scope == "marginal":
+    if skip_index is not None and skip_count is not None:
         included = included & ~index_to_block_map(skip_index, skip_count, key_blocks)
     return included
 
