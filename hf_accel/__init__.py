@@ -16,28 +16,22 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_accel.api import Applied, apply, explain, methods, revert
+    from hf_accel.measure.calibrate import calibrate
     from hf_accel.measure.compare import compare
     from hf_accel.registry import register
+    from hf_accel.train.finetuner import Finetuner
     from hf_accel.trained import load_trained, save_trained
 
 _LAZY = {
     "Applied": "api", "apply": "api", "explain": "api", "methods": "api", "revert": "api",
-    "compare": "measure.compare", "register": "registry",
-    "load_trained": "trained", "save_trained": "trained",
+    "calibrate": "measure.calibrate", "compare": "measure.compare", "register": "registry",
+    "Finetuner": "train.finetuner", "load_trained": "trained", "save_trained": "trained",
 }  # fmt: skip
 
 __all__ = [
-    "Applied",
-    "__version__",
-    "apply",
-    "compare",
-    "explain",
-    "load_trained",
-    "methods",
-    "register",
-    "revert",
-    "save_trained",
-]
+    "Applied", "Finetuner", "__version__", "apply", "calibrate", "compare", "explain", "load_trained", "methods",
+    "register", "revert", "save_trained",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
