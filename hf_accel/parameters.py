@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from hf_accel.errors import WeightsMismatch
 
+BY_THE_WAY = ("weights", "backend", "break_even", "on_slow")  # settings that change no number of a training
 HEADER = "hf_accel"  # key of the safetensors metadata
 _HUB = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*?)(@(?P<revision>[\w./-]+))?\Z")
 
@@ -30,8 +31,14 @@ def file_name(method: str) -> str:
     return f"hf_accel_{method}.safetensors"
 
 
-def save(file: Path, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> Path:
-    """Write parameters as they are (dtype included), with the method's ``{"method", "version", "settings"}``."""
+def save(
+    file: Path, parameters: Mapping[str, torch.Tensor], settings: Mapping[str, Any], together_with: str | None = None
+) -> Path:
+    """Write parameters as they are (dtype included), with the method's ``{"method", "version", "settings"}``.
+
+    ``together_with`` names a file beside this one with weights of the model that were trained in the same run.
+    """
+    settings = {**settings, "together_with": together_with}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in parameters.items()}
     save_file(tensors, file, metadata={HEADER: json.dumps(settings)})
     return file
@@ -67,8 +74,8 @@ def load(
     parameters: Mapping[str, torch.nn.Parameter],
     settings: Mapping[str, Any],
     must_match: Iterable[str],
-) -> dict[str, Any]:
-    """Read the file at ``place`` into ``parameters``, all or nothing, and return the settings it was trained with.
+) -> list[str]:
+    """Read the file at ``place`` into ``parameters``, all or nothing; returns notes for the report.
 
     Args:
         place: see :func:`locate`.
@@ -108,7 +115,13 @@ def load(
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
-    return trained
+    changed = [
+        name for name in settings if name in trained and name not in BY_THE_WAY and trained[name] != settings[name]
+    ]
+    notes = [f"weights from {place}, trained with {_words(trained, changed)}" if changed else f"weights from {place}"]
+    if header.get("together_with"):
+        notes.append(f"they were trained together with {header['together_with']}: hf_accel.load_trained loads both")
+    return notes
 
 
 def _check_names(file: Path, found: set[str], expected: set[str]) -> None:

@@ -58,15 +58,22 @@ def save_trained(
 
     Raises:
         NotApplicable: no such method on ``target``.
+        Conflict: base weights beside an adapter.
     """
     model, installation = trained_model(target, component)
     method, folder = installation.method, Path(folder).expanduser()
+    adapted = ADAPTER in adapters.active_and_inactive(model.module)
+    if adapted and base_weights:
+        raise Conflict(
+            f"The adapter {ADAPTER!r} was trained, so the base weights are those that were loaded. Save one."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     own = method.trainable_parameters()
-    parameters.save(folder / parameters.file_name(method.name), own, method.config.to_dict())
     for stale in (adapters.FILE, BASE_FILE):
         (folder / stale).unlink(missing_ok=True)
-    if ADAPTER in adapters.active_and_inactive(model.module):
+    together_with = BASE_FILE if base_weights else adapters.FILE if adapted else None
+    parameters.save(folder / parameters.file_name(method.name), own, method.config.to_dict(), together_with)
+    if adapted:
         adapters.save(model.module, folder, ADAPTER)
     if base_weights:
         base = {n: p.detach().cpu().contiguous() for n, p in model.module.named_parameters() if n not in own}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from hub_server import HubServer
 
 import hf_accel
 from hf_accel import parameters
@@ -341,9 +346,39 @@ def test_saved_weights_come_back_exactly(saved):
         dense = tiny.run(model, "wan", size=SIZE)
         applied = load(model)
         assert torch.equal(tiny.run(model, "wan", size=SIZE), expected)
-        assert "trained at topk 0.4" in str(applied.report())
+        assert f"weights from {folder}\n" in f"{applied.report()}\n"
         applied.revert()
         assert torch.equal(tiny.run(model, "wan", size=SIZE), dense)
+
+
+def test_saved_weights_come_from_the_hub(saved, tmp_path):
+    folder, expected = saved
+    script = (
+        "import sys, torch, tiny, hf_accel\n"
+        "model = tiny.build('wan')\n"
+        "applied = hf_accel.apply(model, 'acme/my-sla')\n"
+        "with torch.no_grad():\n"
+        "    torch.save(tiny.run(model, 'wan', size=(5, 16, 16)), sys.argv[1])\n"
+        "print(applied.report())\n"
+    )
+    with HubServer() as hub:
+        commit = hub.commit("acme/my-sla", {"hf_accel.yaml": (folder / "hf_accel.yaml").read_text()})
+        weights = (folder / "hf_accel_sla.safetensors").read_bytes()
+        hub.repos["acme/my-sla"].commits[commit]["hf_accel_sla.safetensors"] = weights
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "out.pt")],
+            env=clean | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"},
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+    assert f"weights from acme/my-sla@{commit}" in done.stdout
+
+
+def test_the_report_says_at_which_budget_weights_were_trained(saved):
+    applied = hf_accel.load_trained(tiny.build("wan"), saved[0], topk=0.6, backend="torch")
+    assert "trained with topk=0.4\n" in f"{applied.report()}\n"
 
 
 @pytest.mark.parametrize(

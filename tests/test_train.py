@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import hf_accel
 from hf_accel import trained
-from hf_accel.errors import InvalidSetting, NotApplicable, PresetError, WeightsMismatch
+from hf_accel.errors import Conflict, InvalidSetting, NotApplicable, PresetError, WeightsMismatch
 from hf_accel.hosts import adapters
 from hf_accel.hosts.flow_matching import forward_for
 from hf_accel.train import FinetuneConfig, Finetuner, History, teacher
@@ -383,6 +383,8 @@ def test_everything_trained_is_saved_and_loaded(tmp_path, rank):
     student = forward(tuner.model)
     folder = hf_accel.save_trained(tuner.model, tmp_path / "saved", base_weights=rank is None)
     if rank is not None:  # the file is one that diffusers reads by itself
+        with pytest.raises(Conflict, match="Save one"):
+            hf_accel.save_trained(tuner.model, tmp_path / "both", base_weights=True)
         plain = tiny.build("wan")
         plain.load_lora_adapter(str(folder), weight_name=adapters.FILE, prefix=None, adapter_name="x")
         ours = adapters.lora_parameters(tuner.model, trained.ADAPTER)
@@ -391,6 +393,8 @@ def test_everything_trained_is_saved_and_loaded(tmp_path, rank):
         assert all(torch.equal(ours[n.replace(".x.", f".{trained.ADAPTER}.")], p) for n, p in theirs.items())
     model = tiny.build("wan")
     applied = hf_accel.load_trained(model, folder)
+    beside = adapters.FILE if rank is not None else trained.BASE_FILE
+    assert f"trained together with {beside}" in str(applied.report())
     assert torch.equal(forward(model), student)
     applied.revert()
     with teacher(model):

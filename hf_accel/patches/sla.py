@@ -147,8 +147,7 @@ class SLA(AttentionMethod):
         if self.config.weights is not None:
             settings = self.config.to_dict()["settings"]
             own = self.trainable_parameters()
-            trained = parameters.load(self.config.weights, self.name, own, settings, self.trained_with)
-            report.notes.append(f"{PROJECTION} from {self.config.weights}, trained at topk {trained['topk']}")
+            report.notes += parameters.load(self.config.weights, self.name, own, settings, self.trained_with)
         elif not kept:
             report.notes.append(f"{PROJECTION} was zero when applied: fine-tune, or give weights=")
         return context

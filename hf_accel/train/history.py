@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,15 +34,11 @@ class History:
     def write(self, folder: Path) -> None:
         """Write ``loss.json`` and, where matplotlib is installed, ``loss.png``."""
         (folder / JSON_FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        try:
-            import matplotlib
-        except ModuleNotFoundError:
-            return
-        matplotlib.use("Agg")
-        self._draw(folder / PICTURE_FILE)
+        if importlib.util.find_spec("matplotlib") is not None:
+            self._draw(folder / PICTURE_FILE)
 
     def _draw(self, file: Path) -> None:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axes = figure.subplots()
