@@ -257,6 +257,33 @@ def test_masks_that_are_no_key_mask_run_dense_and_are_counted():
     assert "differs between queries" in call.notes["fallback"]
 
 
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def relative_l1(ours, dense):
+    return float((ours - dense).abs().sum() / dense.abs().sum())
+
+
+def test_int8_is_near_exact():
+    query, key, value = tensors(queries=300)
+    for causal in (False, True):
+        call = call_of(query, key + 2.0, value, causal=causal)
+        dense = expected(query, key + 2.0, value, lower_right(300, 300) if causal else None)
+        ours = run(call, numerics="int8", **EVERYTHING)
+        assert F.cosine_similarity(ours.flatten(), dense.flatten(), dim=0) > 0.99
+        assert 1e-5 < relative_l1(ours, dense) < 0.06
+    assert "block_sparse_attention" in call.notes["kernels"]
+
+
+def test_a_wide_margin_skips_nothing_and_a_narrow_one_little():
+    call = call_of(*tensors(queries=640))
+    dense = expected(call.query, call.key, call.value)
+    torch.testing.assert_close(run(call, pvthreshd=500.0, **EVERYTHING), dense, atol=1e-5, rtol=1e-5)
+    errors = [relative_l1(run(call, pvthreshd=margin, **EVERYTHING), dense) for margin in (8.0, 3.0, 0.5)]
+    assert errors == sorted(errors)
+    assert errors[-1] > 1e-3, "a narrow margin skips something"
+
+
 # -- the Hilbert curve -----------------------------------------------------------------------------------------------
 
 
@@ -313,6 +340,14 @@ def test_each_head_has_its_own_threshold():
     assert not dense[:, 0].all()
 
 
+def test_each_head_has_its_own_share():
+    call = call_of(*tensors(queries=640))
+    shares = {"topk": [[0.2, 0.7]], "is_sparse": [[True, True]]}
+    keep, _ = map_of(call, thresholds=shares)
+    for head, share in enumerate((0.2, 0.7)):
+        assert torch.equal(keep[:, head], map_of(call, topk=share)[0][:, head])
+
+
 def test_thresholds_come_from_files_and_stay_in_the_settings(tmp_path):
     bare, preset = tmp_path / "bare.yaml", tmp_path / "preset.yaml"
     bare.write_text(yaml.safe_dump(table()))
@@ -326,8 +361,8 @@ def test_thresholds_come_from_files_and_stay_in_the_settings(tmp_path):
 @pytest.mark.parametrize(
     ("thresholds", "words"),
     [
-        ({"cdfthreshd": [[0.5]]}, "at least is_sparse"),
-        (table(theta=[[1.0]]), "a table with cdfthreshd"),
+        ({"cdfthreshd": [[0.5]]}, "and is_sparse"),
+        (table(theta=[[1.0]]), "a table with topk, cdfthreshd"),
         (table(is_sparse=[[True]]), "as large as cdfthreshd, which has 1 layers of 2 heads"),
         (table(cdfthreshd=[[0.5, 1.5]]), r"a number from 0 to 1; got '1.5 at cdfthreshd\[0\]\[1\]'"),
         (table(is_sparse=[[1, 0]]), "true or false"),
@@ -355,7 +390,7 @@ def test_a_table_of_another_model_is_refused():
 
 
 def test_table_and_density_exclude_each_other():
-    with pytest.raises(InvalidSetting, match="mode='cdf'"):
+    with pytest.raises(InvalidSetting, match="at least topk"):
         SpargeConfig(thresholds=table())
     with pytest.raises(InvalidSetting, match="without density"):
         SpargeConfig(mode="cdf", density=0.5, thresholds=table())

@@ -86,11 +86,24 @@ def top_cdf(probabilities: torch.Tensor, tau: float | torch.Tensor) -> torch.Ten
     return torch.empty_like(keep).scatter_(-1, rank_to_block, keep)
 
 
-def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+def top_k(scores: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
     """Keep the ``k`` largest scores of every row; all of them if there are fewer.
 
-    ``scores`` ``[..., C]`` -> bool ``[..., C]``. Raises :class:`InvalidSetting` for ``k`` below 1.
+    Args:
+        scores: ``[..., C]``.
+        k: at least 1; or an int tensor that broadcasts to ``[..., 1]`` (a budget per head, say), not checked.
+
+    Returns:
+        bool ``[..., C]``.
+
+    Raises:
+        InvalidSetting: a number below 1.
     """
+    if isinstance(k, torch.Tensor):
+        rank_to_block = scores.argsort(dim=-1, descending=True, stable=True)
+        keep = torch.arange(scores.shape[-1], device=scores.device) < k
+        keep = keep.expand(scores.shape)
+        return torch.empty_like(keep, memory_format=torch.contiguous_format).scatter_(-1, rank_to_block, keep)
     if k < 1:
         raise InvalidSetting("top_k", "k", k, "at least 1")
     kept = scores.topk(min(k, scores.shape[-1]), dim=-1).indices

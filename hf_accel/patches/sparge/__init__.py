@@ -25,8 +25,8 @@ Decisions where the paper and the released code differ or are silent:
 * A skipped tile (``pvthreshd``) adds neither to the sum nor to the output, as in the code; in the paper it still
   counts in the sum, and weights no longer add up to 1.
 * ``density`` is ours: the share of blocks to compute with everything counted that is kept by rule.
-* Tuned thresholds belong to cdf mode; the code forces ``attention_sink`` with them, here it is a setting like the
-  others.
+* ``thresholds`` hold a budget per head in either mode. The code tunes cdf mode only, and forces ``attention_sink``
+  with it; here that is a setting like the others.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ from hf_accel.patches.sparge.thresholds import (
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
 
+RULES = {"topk": "topk", "cdf": "cdfthreshd"}  # mode -> the setting that is its budget
 SIMILARITY_BARS = {"cdf": 0.6, "topk": -0.1, "density": -0.1}
 
 
@@ -90,22 +91,22 @@ class SpargeConfig(SparseAttentionConfig):
     block_k: int = setting(64, "tokens of a key block", choices=(64, 128))
     hilbert: bool = setting(False, "order the tokens of the grid along a Hilbert curve first")
     thresholds: str | dict[str, Any] | None = setting(  # noqa: RUF009 - the type is mutable, the default is not
-        None, "cdf mode: thresholds of every head, {cdfthreshd, is_sparse, ...: [layer][head]}, or a file with them"
+        None, "a table for every head, {topk or cdfthreshd, is_sparse, ...: [layer][head]}, or a file with one"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.thresholds is None:
             return
-        if self.mode != "cdf" or self.density is not None:
+        if self.density is not None:
             raise InvalidSetting(
-                self.METHOD, "thresholds", "a table", "given with mode='cdf' and without density: they take its place"
+                self.METHOD, "thresholds", "a table", "given without density: one takes the other's place"
             )
         table = self.thresholds
         if isinstance(table, str):
             # The table itself becomes the setting, so that a preset made of these settings stands alone.
             object.__setattr__(self, "thresholds", table := read_thresholds(table))
-        check_thresholds(table)
+        check_thresholds(table, RULES[self.mode])
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,11 @@ class Sparge(AttentionMethod):
         rivals = seen.visible & ~whole_columns
         scores = seen.scores.masked_fill(~rivals, float("-inf"))
         if heads.rule == "topk":
-            chosen = top_k(scores, max(1, int(self.config.topk * scores.shape[-1] + 1e-9)))
+            chosen = top_k(scores, _count(heads.amount, scores.shape[-1]))
         else:
             # A row without rivals has no softmax.
             mass = torch.where(rivals.any(-1, keepdim=True), scores.softmax(-1), 0.0)
-            chosen = top_cdf(mass, heads.mass)
+            chosen = top_cdf(mass, heads.amount)
         return kept & seen.visible | chosen & rivals
 
     def attend_blocks(
@@ -232,15 +233,10 @@ class Sparge(AttentionMethod):
     ) -> torch.Tensor:
         """Attention on the kept blocks: ``[B, H, Sq, D]`` (stage 2)."""
         index, count = block_map_to_index(keep)
-        extra: dict[str, Any] = {"causal": True} if tokens.causal else {}
-        if numerics != "native":
-            extra["numerics"] = numerics
-        if margin is not None:
-            extra["pv_threshold"] = margin
         out, _ = block_sparse_attention(
             tokens.query, tokens.key, tokens.value, index, count,
             block_size=(self.config.block_q, self.config.block_k), scale=tokens.scale, key_valid=tokens.valid,
-            backend=self.config.backend, **extra,
+            causal=tokens.causal, numerics=numerics, pv_threshold=margin, backend=self.config.backend,
         )  # fmt: skip
         return out
 
@@ -292,10 +288,10 @@ class Sparge(AttentionMethod):
         bar = config.simthreshd1 if config.simthreshd1 is not None else SIMILARITY_BARS[rule]
         table = config.thresholds
         if not isinstance(table, dict):
-            return HeadSettings(rule, config.cdfthreshd, bar, config.pvthreshd)
+            return HeadSettings(rule, config.cdfthreshd if rule == "cdf" else config.topk, bar, config.pvthreshd)
         key = call.layer.index, call.query.device
         if key not in self._heads:
-            self._heads[key] = read_heads(table, call, bar, config.pvthreshd)
+            self._heads[key] = read_heads(table, rule, call, bar, config.pvthreshd)
         return self._heads[key]
 
     # -- calibration: see hf_accel.measure.calibrate ---------------------------------------------------------------
@@ -310,6 +306,13 @@ class Sparge(AttentionMethod):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings with a table of thresholds, and evidence, from what :meth:`probe` saw; see :func:`fit`."""
         return fit(records, heads, l1=l1, density=density)
+
+
+def _count(share: float | torch.Tensor, blocks: int) -> int | torch.Tensor:
+    """``floor(share * blocks)``, at least 1; of a number, or of a tensor per head."""
+    if isinstance(share, torch.Tensor):
+        return (share * blocks + 1e-4).floor().clamp(min=1)
+    return max(1, int(share * blocks + 1e-9))
 
 
 def _no_curve(call: AttentionCall) -> str | None:

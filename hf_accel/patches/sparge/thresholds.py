@@ -15,6 +15,7 @@ from hf_accel.errors import InvalidSetting
 
 # Bounds of the per-head thresholds; None: true or false.
 THRESHOLDS: dict[str, tuple[float, float] | None] = {
+    "topk": (0, 1),
     "cdfthreshd": (0, 1),
     "simthreshd1": (-1, 1),
     "pvthreshd": (0, float("inf")),
@@ -24,11 +25,11 @@ THRESHOLDS: dict[str, tuple[float, float] | None] = {
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How one call's blocks are chosen: by ``rule`` (``"topk"``, ``"density"``, or ``"cdf"`` with ``mass``), those less
-    alike than ``bar`` whole; numbers, or tensors ``[H, 1, 1]``. ``dense`` names heads that stay dense."""
+    """How one call's blocks are chosen: by ``rule`` (``"topk"`` or ``"cdf"``, with ``amount``, or ``"density"``), those
+    less alike than ``bar`` whole; numbers, or tensors ``[H, 1, 1]``. ``dense`` names heads that stay dense."""
 
     rule: str
-    mass: float | torch.Tensor
+    amount: float | torch.Tensor
     bar: float | torch.Tensor
     margin: float | None
     dense: torch.Tensor | None = None
@@ -48,8 +49,11 @@ def read_thresholds(path: str) -> dict[str, Any]:
     return content
 
 
-def check_thresholds(table: Mapping[str, Any]) -> None:
-    """Refuse a table with unknown or missing names, rows of different lengths, or values out of range."""
+def check_thresholds(table: Mapping[str, Any], budget: str) -> None:
+    """Refuse a table with unknown or missing names, rows of different lengths, or values out of range.
+
+    ``budget`` is the setting that the mode goes by: ``"topk"`` or ``"cdfthreshd"``.
+    """
 
     def fail(what: str, allowed: str) -> None:
         raise InvalidSetting("sparge", "thresholds", what, allowed)
@@ -57,9 +61,9 @@ def check_thresholds(table: Mapping[str, Any]) -> None:
     for name in table:
         if name not in THRESHOLDS:
             fail(name, f"a table with {', '.join(THRESHOLDS)}")
-    for name in ("cdfthreshd", "is_sparse"):
+    for name in (budget, "is_sparse"):
         if name not in table:
-            fail(", ".join(table) or "an empty table", f"a table with at least {name}")
+            fail(", ".join(table) or "an empty table", f"a table with at least {budget} (by the mode) and is_sparse")
     shapes = {}
     for name, rows in table.items():
         if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
@@ -85,7 +89,9 @@ def shape_in_words(heads: list[int]) -> str:
     return f"{len(heads)} layers of {' or '.join(map(str, kinds))} heads"
 
 
-def read_heads(table: Mapping[str, Any], call: AttentionCall, bar: float, margin: float | None) -> HeadSettings:
+def read_heads(
+    table: Mapping[str, Any], rule: str, call: AttentionCall, bar: float, margin: float | None
+) -> HeadSettings:
     """One layer of a table of thresholds; ``bar`` and ``margin`` stand in for what it leaves out."""
     layer, heads, device = call.layer.index, call.query.shape[1], call.query.device
     row = {name: rows[layer] for name, rows in table.items()}
@@ -99,8 +105,8 @@ def read_heads(table: Mapping[str, Any], call: AttentionCall, bar: float, margin
         return torch.tensor(values, device=device).view(heads, 1, 1)
 
     return HeadSettings(
-        "cdf",
-        mass=column(row["cdfthreshd"]).float(),
+        rule,
+        amount=column(row["cdfthreshd" if rule == "cdf" else "topk"]).float(),
         bar=column(row["simthreshd1"]).float() if "simthreshd1" in row else bar,
         # One margin per launch: the widest of the layer's heads skips least.
         margin=max(map(float, row["pvthreshd"])) if "pvthreshd" in row else margin,
