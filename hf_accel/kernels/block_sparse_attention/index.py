@@ -95,20 +95,21 @@ def causal_blocks(
 def _split(
     index: torch.Tensor, plain: torch.Tensor, masked: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    order = torch.where(plain, 0, torch.where(masked, 1, 2))
-    return _sort_by(index, order, 3), plain.sum(-1, dtype=torch.int32), masked.sum(-1, dtype=torch.int32)
+    group = (~plain).to(torch.uint8) + ~(plain | masked)
+    return _sort_by(index, group, 3), plain.sum(-1, dtype=torch.int32), masked.sum(-1, dtype=torch.int32)
 
 
 def _move_to_front(index: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    return _sort_by(index, torch.where(first, 0, 1), 2)
+    return _sort_by(index, (~first).to(torch.uint8), 2)
 
 
 def _sort_by(index: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
     """Stable sort of each row by a small ``group`` number: one prefix sum per group is less than a sort."""
-    place = torch.zeros_like(group)
-    before = torch.zeros_like(group[..., :1])
+    # In 32 bits: at 75,000 tokens and 40 heads an index has 14 million entries.
+    place = torch.zeros_like(group, dtype=torch.int32)
+    before = torch.full_like(place[..., :1], -1)
     for g in range(groups):
         member = group == g
-        place = torch.where(member, before + member.cumsum(-1) - 1, place)
-        before = before + member.sum(-1, keepdim=True)
-    return torch.empty(index.shape, dtype=index.dtype, device=index.device).scatter_(-1, place, index)
+        place = torch.where(member, before + member.cumsum(-1, dtype=torch.int32), place)
+        before = before + member.sum(-1, keepdim=True, dtype=torch.int32)
+    return torch.empty(index.shape, dtype=index.dtype, device=index.device).scatter_(-1, place.long(), index)

@@ -463,7 +463,6 @@ def aot_cases(cc: int) -> list[AotCase]:
         ("fp16", 80, (64, 64), False, False, True, True),
         ("bf16", 256, (128, 128), False, False, True, False),
         ("bf16", 128, (128, 128), False, False, False, True),
-        ("fp32", 64, (64, 64), True, False, False, True),
     ]:
         tile = tile_for(cc, head_dim, dtypes[name], block, int8)
         values = _constexprs(tile, block, head_dim, dtypes[name], causal, has_valid, int8, skip, value_dtype)
