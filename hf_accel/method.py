@@ -140,7 +140,7 @@ class Method(ABC):
         """Parameters that the method added to the model, by dotted name there; empty if it learns nothing."""
         return {}
 
-    def take_over(self, former: Any) -> None:
+    def take_over(self, former: Any) -> None:  # noqa: B027 (a method that learns nothing takes nothing over)
         """Called before :meth:`install` when the same method stood on the model: keep what that one learned."""
 
 

@@ -114,4 +114,6 @@ def execution_device(pipeline: Any) -> torch.device:
     device = getattr(pipeline, "_execution_device", None)
     if isinstance(device, torch.device):
         return device
-    return next((p.device for model in resolve(pipeline).models for p in model.module.parameters()), torch.device("cpu"))
+    return next(
+        (p.device for model in resolve(pipeline).models for p in model.module.parameters()), torch.device("cpu")
+    )

@@ -30,7 +30,7 @@ def attention_with_lse(
         )
     else:
         scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
-        if mask is not None:
+        if mask is not None and empty is not None:
             scores = scores.masked_fill(~mask & ~empty[..., None], float("-inf"))
         lse = scores.logsumexp(-1)
         out = ((scores - lse[..., None]).exp() @ value.to(dtype)).to(query.dtype)

@@ -11,6 +11,7 @@ from the seed, so the curve is that of one run.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ def encode_clips(pipe: Any, count: int, seed: int) -> dict[str, Tensor]:
 
     Pairs of shapes that held-out prompts name do not occur. Some captions are empty.
     """
-    vae = parts.over_whole_clips(pipe.vae)
+    vae = parts.over_whole_clips(copy.deepcopy(pipe.vae))  # the pipeline goes on decoding with its own
     config, generator = vae.config, torch.Generator().manual_seed(seed)
     centre, spread = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
     scenes = grammar.sample(count, generator, grammar.heldout_pairs())
