@@ -64,9 +64,7 @@ def save_trained(
     method, folder = installation.method, Path(folder).expanduser()
     adapted = ADAPTER in adapters.active_and_inactive(model.module)
     if adapted and base_weights:
-        raise Conflict(
-            f"The adapter {ADAPTER!r} was trained, so the base weights are those that were loaded. Save one."
-        )
+        raise Conflict(f"The adapter {ADAPTER!r} was trained, not the base weights. Leave base_weights out.")
     folder.mkdir(parents=True, exist_ok=True)
     own = method.trainable_parameters()
     for stale in (adapters.FILE, BASE_FILE):
