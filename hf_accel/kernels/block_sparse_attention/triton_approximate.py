@@ -163,7 +163,8 @@ def _attend_tile(
     needed = True
     if SKIP:
         rise = tl.where((tile_max == float("-inf")) | (inside == 0), float("-inf"), tile_max - row_max)
-        needed = tl.max(rise, 0) + threshold > 0
+        # As a matrix: Triton 3.6 cannot reduce a vector whose layout comes from Blackwell's tensor memory.
+        needed = tl.max(rise[:, None]) + threshold > 0
     if needed:
         if INT8:
             value = tl.trans(tl.load((Value + rows)[None, :] + (d.to(rows.dtype) * stride_vs)[:, None]))
