@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_accel.attention.call import AttentionCall, TokenGrid
+from hf_accel.attention.layout import expand_heads
 from hf_accel.attention.static import Recent
 from hf_accel.attention.tiles import Tiling, cross_map, fill_tiles, neighbour_map
 from hf_accel.config import setting
@@ -226,9 +227,8 @@ class GRAT(AttentionMethod):
     def _variable(self, call: AttentionCall, plan: VariablePlan, valid: torch.Tensor | None) -> torch.Tensor:
         """Blocks of any size: one per tile, one for the text."""
         batch, heads = call.query.shape[:2]
-        key, value, key_sizes = call.key, call.value, plan.sizes.expand(batch, heads, -1)
-        if key.shape[1] != heads:
-            key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        key, value = expand_heads(call.key, heads), expand_heads(call.value, heads)
+        key_sizes = plan.sizes.expand(batch, heads, -1)
         query_order = None if plan.rows is None else plan.rows.int().expand(batch, heads, -1)
         key_order = query_order
         if valid is not None and plan.rows is not None:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from hf_accel import parameters
 from hf_accel.attention.call import AttentionCall, TokenGrid
-from hf_accel.attention.layout import VideoLayout, block_sizes, density
+from hf_accel.attention.layout import VideoLayout, block_sizes, density, expand_heads
 from hf_accel.attention.selectors import top_k
 from hf_accel.config import setting
 from hf_accel.hosts.clock import Clock
@@ -202,9 +202,7 @@ class SLA(AttentionMethod):
         settings, geometry = self.config, self._geometry(call)
         query = block_summary(call.query, settings.block_q, backend=settings.backend).mean
         key = block_summary(call.key, settings.block_k, center=True, key_valid=valid, backend=settings.backend).mean
-        if (group := query.shape[1] // key.shape[1]) > 1:
-            key = key.repeat_interleave(group, dim=1)
-        scores = query @ key.mT
+        scores = query @ expand_heads(key, query.shape[1]).mT
         ranked = geometry.ranked
         kept = min(max(1, share_of(settings.topk, ranked)), ranked)
         critical = geometry.text.expand_as(scores)

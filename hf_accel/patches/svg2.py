@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_accel.attention.call import AttentionCall
-from hf_accel.attention.layout import density
+from hf_accel.attention.layout import density, expand_heads
 from hf_accel.attention.selectors import centroid_map, top_p
 from hf_accel.config import setting
 from hf_accel.kernels.kmeans import KMeansResult, kmeans
@@ -158,11 +158,6 @@ def video_span(call: AttentionCall) -> tuple[int, int]:
     """First and last-plus-one video token; the runner has checked that the grid fits the sequence."""
     span = call.grid.video_span(call.query.shape[2]) if call.grid is not None else None
     return span if span is not None else (0, call.query.shape[2])
-
-
-def expand_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """``[B, Hkv, S, D]`` as ``[B, H, S, D]``; a copy only under grouped-query attention."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def with_text(
