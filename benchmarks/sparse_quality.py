@@ -29,11 +29,12 @@ from hf_accel import families, registry
 from hf_accel.attention.call import AttentionCall
 from hf_accel.hosts.target import Model
 from hf_accel.measure.budget import Dial, Reached, ungated
-from hf_accel.measure.compare import DENSE, Comparison, compare
+from hf_accel.measure.compare import DENSE, Comparison, compare, figures_of
 from hf_accel.measure.demo import native_call
 from hf_accel.measure.pareto import Point, draw
 from hf_accel.measure.recording import density_on, record_attention
-from hf_accel.measure.sampling import generate
+from hf_accel.measure.sampling import generate, generate_with
+from hf_accel.trained import load_trained
 from hf_accel.zoo import heldout, path
 
 METHODS = ("svg", "svg2", "radial", "grat", "sparge", "sla")
@@ -75,7 +76,7 @@ def main() -> int:
     parser.add_argument("--dense-steps", type=yaml.safe_load, default=0.2, help="count or fraction, for all methods")
     parser.add_argument("--dense-layers", type=yaml.safe_load, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="METHOD.NAME=VALUE")
-    parser.add_argument("--sla-weights", nargs="*", default=[], metavar="DENSITY=DIR", help="fine-tuned proj_l")
+    parser.add_argument("--sla-weights", nargs="*", default=[], metavar="DENSITY=DIR", help="folders of save_trained")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path, help="start of the names of the two pictures, without an ending")
     options = parser.parse_args()
@@ -114,12 +115,17 @@ def main() -> int:
             label = f"{method} {wanted}"
             about[label] = {"method": method, "wanted": [wanted], "settings": settings}
             requests.append((label, {method: settings}))
+    trained: list[tuple[str, str]] = []
     for pair in options.sla_weights:
         density, folder = pair.split("=", 1)
         known = about[f"sla {float(density)}"]["settings"]
         label = f"sla fine-tuned {float(density)}"
-        about[label] = {"method": "sla fine-tuned", "wanted": [float(density)], "settings": known}
-        requests.append((label, {"sla": {**known, "weights": folder}}))
+        about[label] = {
+            "method": "sla fine-tuned",
+            "wanted": [float(density)],
+            "settings": {**known, "weights": folder},
+        }
+        trained.append((label, folder))
 
     begin = time.perf_counter()
     result = compare(
@@ -130,6 +136,7 @@ def main() -> int:
         announce=lambda words: print(f"{time.perf_counter() - begin:7.0f} s  {words}", flush=True),
         **call,
     )
+    fine_tuned(pipe, result, trained, about, items, call)
     print(result)
     data = as_data(result, about) | {"dense_steps": options.dense_steps, "dense_layers": options.dense_layers}
     if options.json:
@@ -138,6 +145,32 @@ def main() -> int:
     if options.picture:
         pictures(data, options.picture)
     return 0
+
+
+def fine_tuned(
+    pipe: Any,
+    result: Comparison,
+    trained: list[tuple[str, str]],
+    about: dict[str, dict[str, Any]],
+    items: list[dict[str, Any]],
+    call: dict[str, Any],
+) -> None:
+    """Add weights that were fine-tuned with the method. They change the model, so each has a pipeline of its own; the
+    unpatched runs they are set beside are made anew by ``pipe``, in turn with theirs."""
+    models = []
+    for label, folder in trained:
+        model = type(pipe).from_pretrained(path("mini-wan"), dtype=torch.float32).to(pipe.device)
+        model.set_progress_bar_config(disable=True)
+        load_trained(model, folder).revert()  # the adapter stays
+        generate_with(model, {"sla": about[label]["settings"]}, items[0]["prompt"], 0, **call)  # warm-up
+        models.append((label, model))
+    dense = {entry.prompt: entry.attention_seconds for entry in result.of(DENSE)}
+    for item in items if models else ():
+        text, seed = item["prompt"], item["seed"]
+        plain = generate(pipe, text, seed, **call)
+        for label, model in models:
+            sample = generate_with(model, {"sla": about[label]["settings"]}, text, seed, **call)
+            result.figures.append(figures_of(label, text, seed, sample, plain, dense[text]))
 
 
 def as_data(result: Comparison, about: dict[str, dict[str, Any]]) -> dict[str, Any]:

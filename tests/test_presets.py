@@ -271,7 +271,7 @@ def test_a_wrong_setting_names_the_file_and_keeps_its_parts(tmp_path: Path) -> N
 
 def test_an_unknown_setting_names_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, SHORT.replace("version: 1", "version: 1, settings: {topp: 0.5}"))
-    with pytest.raises(InvalidSetting, match="'topp' must be one of .*top_p, min_kc_ratio") as caught:
+    with pytest.raises(InvalidSetting, match=r"'topp' must be one of .*top_p, min_kc_ratio") as caught:
         load(path)
     assert str(caught.value).startswith(path)
 

@@ -249,7 +249,7 @@ def compare(
             sample = generate_with(pipe, request, text, noise, **call)
             if label == DENSE:
                 attention = sample.attention_seconds
-            result.figures.append(_figures(label, text, noise, sample, plain, attention))
+            result.figures.append(figures_of(label, text, noise, sample, plain, attention))
             if not number:
                 result.pictures[label] = _bytes(sample.frames)
                 if sample.report is not None:
@@ -329,7 +329,8 @@ def _warm_up(pipe: Any, requests: list[Any], prompt: str, call: dict[str, Any]) 
             generate(pipe, prompt, 0, **brief(max((gate for gate in gates if isinstance(gate, int)), default=0)))
 
 
-def _figures(label: str, prompt: str, seed: int, sample: Sample, plain: Sample, attention: float | None) -> Figures:
+def figures_of(label: str, prompt: str, seed: int, sample: Sample, plain: Sample, attention: float | None) -> Figures:
+    """A run beside the unpatched run ``plain``; ``attention``: seconds in the model's own attention."""
     ours = sample.attention_seconds
     dense_calls: dict[str, int] = {}
     for run in sample.runs:
