@@ -13,6 +13,7 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import save_file
 
+import hf_accel
 from hf_accel import zoo
 from hf_accel.errors import InvalidSetting
 from hf_accel.zoo.training.mini_wan import assemble, data, grammar, judge
@@ -226,3 +227,27 @@ def test_two_steps_at_native_size_depend_on_the_prompt(pipe):
     assert red.isfinite().all()
     assert red.std() > 0.01
     assert (red - green).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_fine_tuned_sla_is_nearer_to_dense_than_untrained():
+    pipe = WanPipeline.from_pretrained(zoo.path("mini-wan"))
+    noise = torch.randn(2, 12, 9, 16, 16, generator=torch.Generator().manual_seed(5))
+    prompts = [item["prompt"] for item in zoo.heldout("mini-wan")[:2]]
+    text, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=64)
+
+    def velocity(level):
+        given = {"timestep": torch.full((2,), level), "encoder_hidden_states": text}
+        return pipe.transformer(noise, **given, return_dict=False)[0]
+
+    def error(dense):
+        return sum(float((velocity(level) - wanted).square().mean()) for level, wanted in dense.items())
+
+    dense = {level: velocity(level) for level in (999.0, 800.0)}
+    with pytest.warns(UserWarning, match="runs untrained"), hf_accel.apply(pipe, "sla", topk=0.15):
+        untrained = error(dense)
+    with hf_accel.load_trained(pipe, zoo.trained("mini-wan", "sla")):
+        tuned = error(dense)
+    assert tuned < 0.7 * untrained
+    with pytest.raises(InvalidSetting, match="mini-wan-sla"):
+        zoo.trained("mini-wan", "svg2")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..errors import InvalidSetting
 
-__all__ = ["heldout", "names", "path"]
+__all__ = ["heldout", "names", "path", "trained"]
 
 _ROOT = Path(__file__).parent
 
@@ -39,6 +39,18 @@ def path(name: str) -> Path:
         allowed = f"one of {', '.join(map(repr, known))}" if known else missing
         raise InvalidSetting("hf_accel.zoo.path", "name", name, allowed)
     return _ROOT / name
+
+
+def trained(name: str, method: str) -> Path:
+    """Folder of what `method` learned on the miniature `name`, ready for `hf_accel.load_trained`.
+
+    Raises InvalidSetting (a ValueError) if no such weights are shipped.
+    """
+    folder = _ROOT / f"{name}-{method}"
+    if not (folder / "hf_accel.yaml").is_file():
+        shipped = sorted(file.parent.name for file in _ROOT.glob("*/hf_accel.yaml"))
+        raise InvalidSetting("hf_accel.zoo.trained", "name-method", folder.name, f"one of {', '.join(shipped)}")
+    return folder
 
 
 def heldout(name: str) -> list[dict]:
