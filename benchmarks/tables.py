@@ -104,6 +104,49 @@ def judge(data: dict[str, Any]) -> str:
     )
 
 
+def sla_finetune(data: dict[str, Any]) -> str:
+    """Fine-tunings of sla on mini-wan."""
+    rows = [
+        [
+            f"{run['topk']:g}",
+            str(run["steps"]),
+            f"{run['minutes']:.1f}",
+            f"{run['validation_loss_before']:.4f}",
+            f"{run['validation_loss_after']:.4f}",
+            f"{run['psnr_db_before']:.2f}",
+            f"{run['psnr_db_after']:.2f}",
+        ]
+        for run in data["runs"]
+    ]
+    head = ["topk", "steps", "minutes", "validation loss before", "after", "PSNR before, dB", "after"]
+    return (
+        f"Distilled from the dense model with LoRA and `proj_l`; PSNR over {data['runs'][0]['prompts']} held-out "
+        f"prompts without dense steps. {machine(data['machine'])}\n\n{table(head, rows)}\n\n"
+        "![loss against steps](img/sla-finetune.png)"
+    )
+
+
+def radial_length(data: dict[str, Any]) -> str:
+    """Density and time of radial against length."""
+    rows = []
+    for record in data["records"]:
+        for entry in record["lengths"]:
+            timed = "radial" in entry
+            rows.append(
+                [
+                    record["shape"],
+                    str(entry["frames"]),
+                    f"{entry['tokens']:,}",
+                    f"{entry['density']:.3f}",
+                    f"{entry['dense']['p50_ms']:.0f}" if timed else "",
+                    f"{entry['radial']['p50_ms']:.0f}" if timed else "",
+                    f"{entry['speedup']:.2f}" if timed else "",
+                ]
+            )
+    head = ["tokens of a frame", "frames", "tokens", "density", "dense, ms", "radial, ms", "ratio"]
+    return f"Settings as published for the shape, mask ready. {machine(data['machine'])}\n\n{table(head, rows)}"
+
+
 def sparse_quality(data: dict[str, Any]) -> str:
     """Every sparse attention method on mini-wan at equal densities."""
     rows = [
@@ -165,7 +208,10 @@ def attention_bench(data: dict[str, Any]) -> str:
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("svg2_quality.json", "Quality of svg2 on mini-wan", quality),
     ("sparse_quality.json", "Sparse attention methods on mini-wan", sparse_quality),
-    ("attention_methods_cpu.json", "All attention methods on one shape, on a CPU", attention_bench),
+    ("sla_finetune.json", "Fine-tuning sla on mini-wan", sla_finetune),
+    ("radial_length_cpu.json", "radial against length, on a CPU", radial_length),
+    ("attention_methods_4k_cpu.json", "All attention methods at 4,096 tokens, on a CPU", attention_bench),
+    ("attention_methods_cpu.json", "All attention methods at 8,192 tokens, on a CPU", attention_bench),
     ("attention_methods_gpu.json", "All attention methods on one shape, on a GPU", attention_bench),
     ("mini_wan_judge.json", "What mini-wan shows of its prompts", judge),
     ("svg2_attention_cpu.json", "Attention time of svg2 on a CPU", svg2_attention),
