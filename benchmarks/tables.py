@@ -126,6 +126,28 @@ def sla_finetune(data: dict[str, Any]) -> str:
     )
 
 
+def sparge_calibration(data: dict[str, Any]) -> str:
+    """sparge with and without budgets per head."""
+    seconds = data["calibration_seconds"]
+    rows = [
+        [
+            row["label"],
+            f"{row['density']:.3f}",
+            f"{row['psnr_mean']:.2f}",
+            f"{row['psnr_worst']:.2f}",
+            f"{row['ssim_mean']:.4f}",
+            f"{row['attention_time_ratio']:.2f}",
+            f"{seconds[row['label']]:.0f}" if row["label"] in seconds else "",
+        ]
+        for row in data["summary"]
+    ]
+    head = ["budget", "density", "PSNR mean, dB", "worst", "SSIM mean", "attention x", "calibration, s"]
+    return (
+        f"{len(data['baselines'])} held-out prompts, {data['calibration_prompts']} others to calibrate on, no dense "
+        f"steps. {machine(data['machine'])}\n\n{table(head, rows)}"
+    )
+
+
 def radial_length(data: dict[str, Any]) -> str:
     """Density and time of radial against length."""
     rows = []
@@ -208,6 +230,7 @@ def attention_bench(data: dict[str, Any]) -> str:
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("svg2_quality.json", "Quality of svg2 on mini-wan", quality),
     ("sparse_quality.json", "Sparse attention methods on mini-wan", sparse_quality),
+    ("sparge_calibration.json", "Calibrating sparge on mini-wan", sparge_calibration),
     ("sla_finetune.json", "Fine-tuning sla on mini-wan", sla_finetune),
     ("radial_length_cpu.json", "radial against length, on a CPU", radial_length),
     ("attention_methods_4k_cpu.json", "All attention methods at 4,096 tokens, on a CPU", attention_bench),
