@@ -99,7 +99,7 @@ def fit(
     With ``l1``, as in the paper: the least density at which the head's error is within the bound on every sample. With
     ``density``: every layer gets the mean density asked for, and its heads share it so that the squared error of the
     layer is least. Shares are not moved between layers: nothing that is seen here says which layer matters more. On
-    mini-wan that, and one bound of the relative error for all heads, cost 1.5 to 3 dB against equal shares.
+    mini-wan that, and one bound of the relative error for all heads, was worse than equal shares.
 
     Args:
         records: layer -> curves of its calls; a layer that is absent stays dense.
