@@ -144,7 +144,9 @@ def sparge_calibration(data: dict[str, Any]) -> str:
     head = ["budget", "density", "PSNR mean, dB", "worst", "SSIM mean", "attention x", "calibration, s"]
     return (
         f"{len(data['baselines'])} held-out prompts, {data['calibration_prompts']} others to calibrate on, no dense "
-        f"steps. {machine(data['machine'])}\n\n{table(head, rows)}"
+        "steps. Equal shares move in whole blocks of 36, so that a pair is not at quite the same density; the method's "
+        "rows above have equal shares at one block more. "
+        f"{machine(data['machine'])}\n\n{table(head, rows)}"
     )
 
 
@@ -192,9 +194,9 @@ def sparse_quality(data: dict[str, Any]) -> str:
     prompts, steps = len(data["baselines"]), data["call"]["num_inference_steps"]
     return (
         f"{prompts} held-out prompts, same seeds, {steps} steps, guidance {data['call']['guidance_scale']}; "
-        f"dense_steps={data['dense_steps']} and dense_layers={data['dense_layers']} for all. Density is of the sparse "
-        "calls; several wanted densities in a row mean that the method reaches nothing nearer at this grid. Attention "
-        "x and whole x: dense time over the method's, selection included. "
+        f"dense_steps={data['dense_steps']} and dense_layers={data['dense_layers']} for all, though training-free "
+        "methods are usually run with some. Density is of the sparse calls; several wanted densities in a row mean "
+        "that the method reaches nothing nearer at this grid. Attention x and whole x: dense time over the method's, selection included. "
         f"{machine(data['machine'])}\n\n{table(head, rows)}\n\n"
         "![quality against attention time](img/sparse-quality.png)\n"
         "![quality against density](img/sparse-quality-density.png)"
@@ -220,10 +222,14 @@ def attention_bench(data: dict[str, Any]) -> str:
     grid = "x".join(map(str, shape["grid"])) + " = " if shape["grid"] else ""
     head = ["method", "density", "dense, ms", "method, ms", "ratio", "bound", "L1 error", "cosine"]
     skipped = "".join(f"\n\n{method}: {reason}" for method, reason in data["skipped"].items())
+    clusters = next((row["settings"] for row in data["rows"] if "num_k_centroids" in row["settings"]), None)
+    words = ""
+    if clusters is not None:
+        words = f"svg2 with {clusters['num_q_centroids']} and {clusters['num_k_centroids']} clusters. "
     return (
         f"{grid}{shape['tokens']} tokens, {shape['heads']} heads x {shape['head_dim']}, {shape['dtype']}, synthetic "
         f"video tokens, selection included, warm state; dense is {data['dense']}, the fastest of "
-        f"{', '.join(data['dense_ms'])}. {machine(data['machine'])}\n\n{table(head, rows)}{skipped}"
+        f"{', '.join(data['dense_ms'])}. {words}{machine(data['machine'])}\n\n{table(head, rows)}{skipped}"
     )
 
 
