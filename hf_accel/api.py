@@ -371,17 +371,18 @@ def _install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Mod
         (model, old) for model, wanted in plan for old in _marks(model.module) if old.method.name == wanted.method
     ]
     _undo(replaced)
-    clock = Clock(target.pipeline)
+    # One clock per method, shared by the models of a pipeline: every installation accounts for every forward itself.
+    clocks = {wanted.method: Clock(target.pipeline) for _, wanted in plan}
     former = {(model.name, old.method.name): old.method for model, old in replaced}
     done: list[tuple[Model, Installation]] = []
     try:
         for model, wanted in plan:
             before = former.get((model.name, wanted.method))
-            done.append((model, _put(model, wanted.config, wanted.origin, clock, before)))
+            done.append((model, _put(model, wanted.config, wanted.origin, clocks[wanted.method], before)))
     except BaseException:
         _undo(done)
         for model, old in replaced:
-            _put(model, old.method.config, old.report.origin, clock, old.method)
+            _put(model, old.method.config, old.report.origin, clocks[old.method.name], old.method)
         raise
     return done
 

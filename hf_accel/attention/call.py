@@ -52,7 +52,7 @@ class Step:
     Attributes:
         index: 0-based step of this generation; one step may hold several forwards (CFG branches).
         count: number of steps of this generation, or None where the host cannot know it.
-        timestep: the noise level as the model received it.
+        timestep: the noise level as the model received it; NaN where the step is known without reading it.
         progress: share of the schedule that lies behind, 0 at the first step. From ``index / count`` where the
             count is known, else from the fall of the timestep.
         branch: ``"cond"``/``"uncond"``/... where the pipeline names it, else ``"call0"``, ``"call1"``, ...

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from hf_accel.errors import NothingPatched
 from hf_accel.hosts import language
+from hf_accel.hosts.call_end import CallEnd
 from hf_accel.hosts.clock import Announcement, Clock
 from hf_accel.hosts.denoisers import DENOISERS, Medium, describe
 from hf_accel.hosts.registration import SharedRegistration
@@ -110,7 +111,7 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
     ledger.post_hook(model.module, EndHook(context))
     if hasattr(model.module, "cache_context"):
         ledger.set(model.module, "cache_context", types.MethodType(_announcing_cache_context, model.module))
-    ledger.set(model.module, "_reset_stateful_cache", types.MethodType(_resetting_stateful_cache, model.module))
+    ledger.hold(CallEnd(model.module, clock))
     return context
 
 
@@ -153,16 +154,6 @@ class _Announced:
         if self._context is not None:
             self._context.clock.announced = None
         return self._inner.__exit__(*exc)
-
-
-def _resetting_stateful_cache(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Instance override: pipelines call this on their components when a call ends."""
-    context = context_of(self)
-    if context is not None:
-        context.clock.finish()
-    original = getattr(type(self), "_reset_stateful_cache", None)
-    if original is not None:
-        original(self, *args, **kwargs)
 
 
 # -- processors that call the dispatcher ---------------------------------------------------------------------------

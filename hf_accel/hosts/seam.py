@@ -119,8 +119,9 @@ class SeamContext:
             dims = dims_from_ids(ids, shape[1])
         self.grid = TokenGrid(*dims, text=self.spec.text) if dims is not None else None
         self.order = None
-        level = read_timestep(timestep) if timestep is not None and self.clock.needs_timestep() else None
-        step = self.clock.tick(level, tuple(shape), prompt)
+        position = self.clock.position_of(timestep)
+        needed = timestep is not None and position is None and self.clock.needs_timestep()
+        step = self.clock.tick(read_timestep(timestep) if needed else None, tuple(shape), prompt, position)
         if step.generation != self._generation:
             self._generation = step.generation
             self.run.begin_generation()
