@@ -6,6 +6,7 @@ ledger that speaks of the copy, and the copy can be reverted on its own.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -79,6 +80,39 @@ class AttributeChange:
 
 
 @dataclass
+class ForwardChange:
+    """``module.forward`` was overridden on the instance.
+
+    accelerate's hooks (offloading) move whatever forward they find to ``_old_forward`` and back, and leave a bound
+    method behind; the override stands in either place, and is looked for in both.
+    """
+
+    module: torch.nn.Module
+    old: Any
+    new: Any
+
+    def _place(self) -> str | None:
+        return next((name for name in ("forward", "_old_forward") if _own(self.module, name) is self.new), None)
+
+    def blocked(self) -> str | None:
+        if self._place() is not None:
+            return None
+        found = _own(self.module, "forward")
+        what = "removed" if found is MISSING else f"replaced by a {type(found).__name__}"
+        return f"{_describe(self.module, 'forward')} was {what} after hf_accel set it"
+
+    def undo(self) -> None:
+        place = self._place()
+        if place == "_old_forward":  # the hook around it calls this name
+            old = self.old if self.old is not MISSING else types.MethodType(type(self.module).forward, self.module)
+            self.module.__dict__[place] = old
+        elif self.old is MISSING:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.old
+
+
+@dataclass
 class HookChange:
     """A hook object stands in one of a module's hook dictionaries (``_forward_pre_hooks``, ...)."""
 
@@ -132,6 +166,13 @@ class Ledger:
         change.new = value
         if earlier is None:
             self.changes.append(change)
+
+    def override_forward(self, module: torch.nn.Module, forward: types.MethodType) -> None:
+        """Run ``forward`` in place of the module's own, inside hooks that accelerate has put around that."""
+        place = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+        change = ForwardChange(module, _own(module, place), forward)
+        module.__dict__[place] = forward
+        self.changes.append(change)
 
     def submodule(self, parent: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
         """Register ``module`` as ``parent.name``: in the state dict while it stands, gone after undo.

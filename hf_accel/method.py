@@ -6,22 +6,25 @@ Composition is derived from the facts (:func:`conflict`), never from lists of fr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from hf_accel import break_even
-from hf_accel.attention.call import AttentionCall
+from hf_accel.attention.call import AttentionCall, Step
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config as Settings
 from hf_accel.config import setting
-from hf_accel.errors import UnsupportedByKernel
+from hf_accel.errors import InvalidSetting, UnsupportedByKernel
 from hf_accel.hosts import attention as attention_host
+from hf_accel.hosts import step_cache as step_cache_host
 from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.denoisers import Medium
 from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model
+from hf_accel.hosts.unet_views import deepest_branch
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 
@@ -186,6 +189,38 @@ class AttentionMethod(Method):
         if getattr(self.config, "backend", "auto") == "triton":
             raise UnsupportedByKernel(f"{self.name}: {words}. Use backend='auto' or 'torch'.")
         report.notes.append(f"{words}: the torch form runs everywhere")
+
+
+class StepCacheMethod(Method):
+    """A method that decides how much of the model each denoising step computes.
+
+    Attributes:
+        branch: the skip connection at which a U-Net is cut; see ``hosts/unet_views.py``.
+        reads_timestep: :meth:`why_full` needs the noise level, which waits for the device.
+    """
+
+    branch: int
+    reads_timestep: bool = False
+
+    @abstractmethod
+    def why_full(self, step: Step, kept: Step) -> str | None:
+        """Why ``step`` is computed in full though the state of step ``kept`` is there; None if that is reused."""
+
+    def begin(self, step: Step) -> None:
+        """A generation begins at ``step``. May raise if it cannot be scheduled."""
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse a forward with these arguments, by raising."""
+
+    @classmethod
+    def why_not(cls, model: Model) -> str | None:
+        return step_cache_host.why_not(model.module)
+
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+        deepest = deepest_branch(model.module)
+        if self.branch > deepest:
+            raise InvalidSetting(self.name, "cache_branch_id", self.branch, f"in 0..{deepest} for {model.class_name}")
+        return step_cache_host.install(model, self, ledger, report, clock)
 
 
 class AttentionRunner:

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -148,6 +148,91 @@ class RunStatistics:
             "attention_seconds": self.stopwatch.seconds,
         }
 
+    def lines(self, method: str) -> list[str]:
+        """What ran, for the printed report."""
+        density = self.mean_density
+        at = f" at mean density {density:.3f}" if density is not None else ""
+        lines = [
+            f"  ran       {self.forwards} forwards in {self.generations} generations; {self.sparse_calls} attention "
+            f"calls by {method}{at}"
+        ]
+        lines += [f"  dense     {n} x {reason}" for reason, n in self.dense_calls.most_common()]
+        lines += [f"  kernel    {op}: {backend} ({why})" for op, (backend, why) in sorted(self.kernels.items())]
+        return lines + [f"  note      {note}" for note in self.break_even]
+
+
+class MacCounter(Protocol):
+    """Counts the multiply-accumulates of forwards, per shape of their arguments."""
+
+    def of(self, shape: Any) -> tuple[float, float] | None:
+        """(full, partial) forward in MACs, or None if they cannot be counted."""
+
+
+@dataclass
+class StepStatistics:
+    """What a step cache did since it was applied."""
+
+    forwards: int = 0
+    generations: int = 0
+    partial_steps: int = 0
+    full_steps: Counter[str] = field(default_factory=Counter)  # by reason
+    dense_calls: Counter[str] = field(default_factory=Counter)  # forwards in which the method had no say, by reason
+    kept_bytes: int = 0
+    schedule: list[int] = field(default_factory=list)  # full steps of the last generation
+    macs: MacCounter | None = None
+    _shapes: Counter[tuple[Any, bool]] = field(default_factory=Counter)
+
+    def record(self, step: int, why_full: str | None, shape: Any, kept_bytes: int) -> None:
+        """Count one forward: partial, or full for a reason."""
+        self.forwards += 1
+        self.kept_bytes = max(self.kept_bytes, kept_bytes)
+        self._shapes[shape, why_full is None] += 1
+        if why_full is None:
+            self.partial_steps += 1
+            return
+        self.full_steps[why_full] += 1
+        if step == 0:
+            self.schedule = []
+        if step not in self.schedule:
+            self.schedule.append(step)
+
+    @property
+    def mac_share(self) -> float | None:
+        """MACs of the forwards so far as a share of those of as many full ones; None before the first, or unknown."""
+        done = whole = 0.0
+        for (shape, partial), times in self._shapes.items():
+            macs = self.macs.of(shape) if self.macs is not None else None
+            if macs is None:
+                return None
+            whole += times * macs[0]
+            done += times * macs[partial]
+        return done / whole if whole else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "forwards": self.forwards,
+            "generations": self.generations,
+            "full_steps": dict(self.full_steps),
+            "partial_steps": self.partial_steps,
+            "dense_calls": dict(self.dense_calls),
+            "mac_share": self.mac_share,
+            "kept_bytes": self.kept_bytes,
+            "schedule": list(self.schedule),
+        }
+
+    def lines(self, method: str) -> list[str]:
+        """What ran, for the printed report."""
+        share = self.mac_share
+        full = sum(self.full_steps.values())
+        macs = f"; {share:.1%} of the MACs" if share is not None else ""
+        lines = [
+            f"  ran       {self.forwards} forwards in {self.generations} generations; {full} full, "
+            f"{self.partial_steps} partial{macs}",
+            f"  kept      {self.kept_bytes} bytes at most",
+        ]
+        lines += [f"  full      {n} x {reason}" for reason, n in self.full_steps.most_common()]
+        return lines + [f"  dense     {n} x {reason}" for reason, n in self.dense_calls.most_common()]
+
 
 @dataclass
 class MethodReport:
@@ -161,7 +246,7 @@ class MethodReport:
     patched: list[Patched] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    run: RunStatistics | None = None
+    run: RunStatistics | StepStatistics | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -188,17 +273,8 @@ class MethodReport:
         reasons = Counter(s.reason for s in self.skipped)
         lines += [f"  skipped   {n} x {reason}" for reason, n in reasons.items()]
         if self.run is not None:
-            run = self.run
-            density = run.mean_density
-            lines.append(
-                f"  ran       {run.forwards} forwards in {run.generations} generations; "
-                f"{run.sparse_calls} attention calls by {self.method}"
-                + (f" at mean density {density:.3f}" if density is not None else "")
-            )
-            lines += [f"  dense     {n} x {reason}" for reason, n in run.dense_calls.most_common()]
-            lines += [f"  kernel    {op}: {backend} ({why})" for op, (backend, why) in sorted(run.kernels.items())]
-        notes = [*self.notes, *(self.run.break_even if self.run is not None else [])]
-        lines += [f"  note      {note}" for note in notes]
+            lines += self.run.lines(self.method)
+        lines += [f"  note      {note}" for note in self.notes]
         return "\n".join(lines)
 
 

@@ -75,7 +75,7 @@ class Clock:
             return None
         if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
             return None
-        index, odd = divmod(timestep.storage_offset() - schedule.storage_offset(), schedule.stride(0))
+        index, odd = divmod(int(timestep.storage_offset() - schedule.storage_offset()), schedule.stride(0))
         return index if not odd and 0 <= index < len(schedule) else None
 
     def tick(
@@ -96,18 +96,18 @@ class Clock:
         said = self.announced
         previous = self._step
         index = said.step_index if said is not None else None
-        placed = index is None and position is not None and self._position is not None
+        moved_by = position - self._position if position is not None and self._position is not None else None
         fresh = previous is None or shape != self._shape or self._schedule_changed()
         if previous is not None and not fresh:
             if index is not None:
                 fresh = index < previous.index
-            elif placed:
-                fresh = position < self._position
+            elif moved_by is not None:
+                fresh = moved_by < 0
             elif timestep is not None:
                 fresh = timestep > previous.timestep
             # A call abandoned in its first step leaves a clock that looks like the start of the next one; only its
             # prompt is gone. Later steps are not judged so: some pipelines build the embedding anew every step.
-            same = position == self._position if placed else timestep in (None, previous.timestep)
+            same = moved_by == 0 if moved_by is not None else timestep in (None, previous.timestep)
             still_first = previous.index == 0 and index in (None, 0) and same
             fresh |= still_first and any(ref() is None for ref in self._prompts)
         if fresh:
@@ -118,9 +118,9 @@ class Clock:
             index, moved = (index if index is not None else 0), True
         elif index is not None:
             moved = index != previous.index
-        elif placed:
+        elif position is not None and moved_by is not None:
             # The schedule of a second-order sampler lists its inner calls, so every entry is a step.
-            index, moved = position - self._first_position, position != self._position
+            index, moved = position - self._first_position, moved_by != 0
         else:
             # Second-order samplers call twice at one timestep: a branch that speaks again begins a step.
             moved = timestep != previous.timestep or (name is not None and name in self._names)

@@ -84,6 +84,7 @@ class SeamContext:
         self._ordinal = 0
         self._item = 0
         self._calls = 0
+        self._expected: Sequence[int] | None = None
         self._outer: SeamContext | None = None
         self._adopt_key()
 
@@ -131,7 +132,7 @@ class SeamContext:
     def _enter(self, batch: int) -> None:
         """Layers are counted from here on, and belong to this context."""
         self.run.forwards += 1
-        self._batch, self._ordinal, self._item, self._calls = batch, 0, 0, 0
+        self._batch, self._ordinal, self._item, self._calls, self._expected = batch, 0, 0, 0, None
         self._outer = _ACTIVE.context if _ACTIVE.context is not self else None
         _ACTIVE.context, _ACTIVE.layer = self, None
 
@@ -154,6 +155,10 @@ class SeamContext:
         if gone:
             self.run.dense_calls[reason] += gone
 
+    def expect(self, layers: Sequence[int] | None) -> None:
+        """This forward runs only these layers, in this order; None for all of them. Until the next forward begins."""
+        self._expected = layers
+
     def enter_layer(self, index: int) -> None:
         """Attention module ``index`` is about to run (eager only)."""
         _ACTIVE.context, _ACTIVE.layer, self._item = self, index, 0
@@ -168,9 +173,11 @@ class SeamContext:
             else:
                 _ACTIVE.layer = None
             return self.layers[index], item
-        index, item = divmod(self._ordinal, self._batch) if self.spec.per_item else (self._ordinal, 0)
+        place, item = divmod(self._ordinal, self._batch) if self.spec.per_item else (self._ordinal, 0)
         self._ordinal += 1
-        return (self.layers[index], item) if index < len(self.layers) else (None, 0)
+        if self._expected is not None:
+            place = self._expected[place] if place < len(self._expected) else len(self.layers)
+        return (self.layers[place], item) if place < len(self.layers) else (None, 0)
 
     def _grid_for(self, tokens: int) -> TokenGrid | None:
         if self.grid is None or not self.spec.levels:
