@@ -137,8 +137,11 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
             refusals.append(f"{name}: " + "; ".join(reasons))
         plan += fits
     if refusals:
+        fitting = [n for n, cls in registry.methods().items() if any(cls.why_not(m) is None for m in found.models)]
+        instead = f"Methods that fit: {', '.join(fitting)}. " if fitting else ""
         raise NotApplicable(
-            f"{found.description} suits no method asked for. " + " | ".join(refusals) + ". See hf_accel.explain(...)."
+            f"{found.description} suits no method asked for. {' | '.join(refusals)}. {instead}"
+            "See hf_accel.explain(...)."
         )
     plan.sort(key=lambda item: SITE_ORDER.index(registry.get(item[1].method).facts.site))
     _check_present(plan)

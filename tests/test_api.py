@@ -196,11 +196,18 @@ def test_double_precision_runs_dense_and_is_counted():
 def test_explain_speaks_of_every_method(model):
     verdicts = hf_accel.explain(model)
     assert {v.method for v in verdicts} == set(registry.methods())
-    assert all(v.applies for v in verdicts)
+    assert {v.method for v in verdicts if v.applies} == {
+        name for name, cls in registry.methods().items() if cls.facts.site == "attention"
+    }
     assert "svg2" in str(verdicts)
     other = hf_accel.explain(torch.nn.Linear(1, 1))
     assert not any(v.applies for v in other)
     assert "Linear is a module" in str(other)
+
+
+def test_a_refusal_names_the_methods_that_fit(model):
+    with pytest.raises(NotApplicable, match=r"no U-Net.*Methods that fit: .*sparge.*svg2"):
+        hf_accel.apply(model, "deepcache")
 
 
 def test_methods_lists_the_registry():
