@@ -206,7 +206,7 @@ def test_explain_speaks_of_every_method(model):
 
 
 def test_a_refusal_names_the_methods_that_fit(model):
-    with pytest.raises(NotApplicable, match=r"no U-Net.*Methods that fit: .*sparge.*svg2"):
+    with pytest.raises(errors.NotApplicable, match=r"no U-Net.*Methods that fit: .*sparge.*svg2"):
         hf_accel.apply(model, "deepcache")
 
 
