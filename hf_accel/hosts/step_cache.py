@@ -104,10 +104,11 @@ def _foreign_forward(module: Any) -> str | None:
         return None
     if getattr(own, "__func__", None) is type(module).forward:
         return None  # accelerate leaves the bound method behind when its hooks are removed
-    origin = getattr(inspect.unwrap(own), "__module__", None) or type(own).__name__
+    hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
+    who = f"hooks of diffusers ({', '.join(hooks)})" if hooks else f"another library ({type(own).__name__})"
     return (
-        f"the forward of this {type(module).__name__} was replaced by {origin}; take that off first "
-        "(DeepCacheSDHelper.disable(), disable_group_offload, ...), or apply hf_accel before it"
+        f"the forward of this {type(module).__name__} was replaced by {who}; take that off first, or apply hf_accel "
+        "before it"
     )
 
 

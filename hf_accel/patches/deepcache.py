@@ -88,7 +88,6 @@ class DeepCache(StepCacheMethod):
         needs=frozenset({"step"}),
         media=frozenset({"image", "video"}),
         full_budget={"cache_interval": 1},
-        budget="cache_interval",
     )
     Config = DeepCacheConfig
     config: DeepCacheConfig
