@@ -99,11 +99,9 @@ def install(model: Model, core: StepCacheCore, ledger: Ledger, report: MethodRep
 
 
 def _foreign_forward(module: Any) -> str | None:
-    own = module.__dict__.get("forward")
+    own = unet_views.replaced_forward(module)
     if own is None or _ATTRIBUTE in module.__dict__ or "_old_forward" in module.__dict__:
         return None
-    if getattr(own, "__func__", None) is type(module).forward:
-        return None  # accelerate leaves the bound method behind when its hooks are removed
     hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
     who = f"hooks of diffusers ({', '.join(hooks)})" if hooks else f"another library ({type(own).__name__})"
     return (

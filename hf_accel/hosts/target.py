@@ -56,7 +56,7 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     while True:
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
-        elif _is_a(inner, "peft", "PeftModel"):
+        elif is_a(inner, "peft", "PeftModel"):
             inner = inner.get_base_model()
         else:
             return inner
@@ -93,17 +93,17 @@ def resolve(obj: Any) -> Target:
 def kind(module: torch.nn.Module) -> str:
     """What a network is, in words for error messages: denoiser, text encoder, autoencoder, language model, module."""
     name = type(module).__name__
-    if _is_a(module, "transformers", "PreTrainedModel"):
+    if is_a(module, "transformers", "PreTrainedModel"):
         generates = getattr(module, "can_generate", None)
         return "language model" if generates is not None and generates() else "text encoder"
     if name.startswith("Autoencoder") or name.startswith("VQ"):
         return "autoencoder"
-    if _is_a(module, "diffusers", "ModelMixin"):
+    if is_a(module, "diffusers", "ModelMixin"):
         return "denoiser"
     return "module"
 
 
-def _is_a(obj: Any, library: str, class_name: str) -> bool:
+def is_a(obj: Any, library: str, class_name: str) -> bool:
     """isinstance without importing a library that the user has not imported."""
     cls = getattr(sys.modules.get(library), class_name, None) if library in sys.modules else None
     return cls is not None and isinstance(obj, cls)

@@ -24,6 +24,7 @@ from hf_accel.attention.call import TokenGrid
 from hf_accel.attention.layout import inverse_order
 from hf_accel.attention.static import Recent
 from hf_accel.hosts.denoisers import DENOISERS, Denoiser, Dims
+from hf_accel.hosts.foreign import reader_of_places
 from hf_accel.hosts.seam import SeamContext, context_by_key
 from hf_accel.ledger import Ledger
 
@@ -230,6 +231,8 @@ class EntryHook:
                 return f"{name} hold {masks[0]}, which may be of single tokens"
         if getattr(module, "_parallel_config", None) is not None:
             return "parallelism is on"
+        if (reader := reader_of_places(module)) is not None:
+            return f"{reader} computes on where tokens stand"
         if self.door.latents:
             patch = _patch(module.config)
             for name in self.door.latents:

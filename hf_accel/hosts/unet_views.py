@@ -105,7 +105,7 @@ class UNetViews:
         down, up = _kept_down(unet, branch), _kept_up(unet, branch + 1)
         self._cut = [block for block, count in (*down[-1:], *up[:1]) if count < _length(block)]
         for block in self._cut:
-            if "forward" in block.__dict__:
+            if replaced_forward(block) is not None:
                 kind = type(block).__name__
                 raise Conflict(
                     f"{kind}.forward was replaced (by offloading hooks or another library), and branch {branch} cuts "
@@ -157,6 +157,13 @@ class UNetViews:
             crossed = getattr(block, "has_cross_attention", False)
             count += entries >= (len(block.resnets) if crossed else _length(block))
         return count
+
+
+def replaced_forward(module: Any) -> Any:
+    """The forward that somebody put on this very module, or None. Libraries leave the bound method of the class behind
+    when they take theirs off; that is none."""
+    own = module.__dict__.get("forward")
+    return None if getattr(own, "__func__", None) is type(module).forward else own
 
 
 def _kept_down(unet: Any, entries: int) -> list[tuple[Any, int]]:
