@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hf_accel import families, preset, registry
+from hf_accel.composition import Explanation, Pair, Verdict, pairs_among
 from hf_accel.config import Config
 from hf_accel.errors import (
     Conflict,
@@ -19,10 +20,11 @@ from hf_accel.errors import (
     UnknownMethod,
 )
 from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.foreign import standing
 from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model, Target, resolve
 from hf_accel.ledger import Ledger
-from hf_accel.method import SITE_ORDER, Method, conflict
+from hf_accel.method import SITE_ORDER, Method, Party, conflict, takes
 from hf_accel.preset import Wanted
 from hf_accel.report import MethodReport, Report
 
@@ -175,42 +177,43 @@ def methods() -> dict[str, dict[str, str]]:
     }
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a method applies to a target, and why not; the recommended settings if the configs have them."""
-
-    method: str
-    applies: bool
-    reason: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.method:<16} {'applies' if self.applies else 'does not apply'}: {self.reason}"
-
-
-class Explanation(list[Verdict]):
-    """A list of verdicts that prints as a table."""
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self))
-
-
 def explain(target: Any) -> Explanation:
-    """Every method: does it apply to this model, and the reason. Changes nothing."""
+    """Every method: does it apply to this model, and the reason; and which of them go together, also with what stands
+    on the model already. Changes nothing.
+
+    Raises:
+        NotApplicable: ``target`` is no pipeline or model.
+    """
     found = resolve(target)
-    out = Explanation()
-    for name, cls in registry.methods().items():
-        reasons = {m.name: cls.why_not(m) for m in found.models}
-        fitting = [m for m in found.models if reasons[m.name] is None]
-        if fitting:
-            known = next((w for m in fitting if (w := families.settings_for(m, name)) is not None), None)
-            where = ", ".join(f"{m.name} ({m.class_name})" for m in fitting)
-            origin = known.origin if known is not None else "the method's defaults; no tuned settings for this model"
-            settings = known.config.to_dict()["settings"] if known is not None else {}
-            out.append(Verdict(name, True, f"on {where}; settings from {origin}", settings))
-        else:
-            out.append(Verdict(name, False, "; ".join(dict.fromkeys(r for r in reasons.values() if r))))
+    out = Explanation(_verdict(found, name, cls) for name, cls in registry.methods().items())
+    pairs: dict[tuple[str, str], Pair] = {}
+    for model in found.models:
+        there = [type(i.method) for i in _marks(model.module)]
+        foreign = standing(model.module)
+        out.standing += [(model.name, owner.name) for owner, _ in _owners(model)]
+        takers = [
+            cls
+            for cls in registry.methods().values()
+            if cls in there or cls.why_not(model) is None or _taken_by_other(model, cls)
+        ]
+        for pair in pairs_among(takers, foreign):
+            pairs.setdefault((pair.first, pair.second), pair)
+    out.pairs = list(pairs.values())
     return out
+
+
+def _verdict(target: Target, name: str, cls: type[Method]) -> Verdict:
+    reasons = {m.name: _why_not_now(m, cls) for m in target.models}
+    fitting = [m for m in target.models if reasons[m.name] is None]
+    if not fitting:
+        return Verdict(name, False, "; ".join(dict.fromkeys(r for r in reasons.values() if r)))
+    known = next((w for m in fitting if (w := families.settings_for(m, name)) is not None), None)
+    where = ", ".join(f"{m.name} ({m.class_name})" for m in fitting)
+    origin = known.origin if known is not None else "the method's defaults; no tuned settings for this model"
+    settings = known.config.to_dict()["settings"] if known is not None else {}
+    again = any(cls is type(i.method) for m in fitting for i in _marks(m.module))
+    stands = "; it is there already and would be replaced" if again else ""
+    return Verdict(name, True, f"on {where}; settings from {origin}{stands}", settings)
 
 
 # -- what is wanted ------------------------------------------------------------------------------------------------
@@ -319,7 +322,7 @@ def _fitting(target: Target, per_model: PerModel) -> tuple[list[tuple[Model, Wan
         # A method that stands there already does not stand in its own way: it will be replaced.
         standing = any(i.method.name == wanted.method for i in _marks(model.module))
         reason = None if standing else registry.get(wanted.method).why_not(model)
-        if reason is None or _taken_by_other(model, wanted):
+        if reason is None or _taken_by_other(model, registry.get(wanted.method)):
             fits.append((model, wanted))
         else:
             reasons.append(f"{model.name}: {reason}")
@@ -341,20 +344,40 @@ def _check_each_other(types: list[type[Method]]) -> None:
                 raise Conflict(f"{reason}. Apply one of them.")
 
 
-def _taken_by_other(model: Model, wanted: Wanted) -> bool:
-    cls = registry.get(wanted.method)
-    return any(conflict(cls, type(i.method)) is not None for i in _marks(model.module))
+def _owners(model: Model) -> list[tuple[Party, str]]:
+    """What stands on a model, ours and foreign, each with how to take it off."""
+    ours: list[tuple[Party, str]] = [(type(i.method), "hf_accel.revert(...)") for i in _marks(model.module)]
+    return ours + [(entry, entry.how_to_remove(model.module, model.name)) for entry in standing(model.module)]
+
+
+def _refusal(model: Model, cls: type[Method]) -> str | None:
+    """Why a method cannot join what stands on a model, and what to do; None if it can."""
+    if not takes(cls, model.module):
+        return None
+    for owner, off in _owners(model):
+        if (reason := conflict(cls, owner)) is not None:
+            return f"{reason}; {owner.name} is on {model.name} already. Take it off first: {off}."
+    return None
+
+
+def _taken_by_other(model: Model, cls: type[Method]) -> bool:
+    return _refusal(model, cls) is not None
+
+
+def _why_not_now(model: Model, cls: type[Method]) -> str | None:
+    """Why a method does not apply to a model with what stands on it; None if it does, or would replace itself."""
+    refusal = _refusal(model, cls)
+    if refusal is not None:
+        return refusal.rstrip(".")
+    if any(cls is type(i.method) for i in _marks(model.module)):
+        return None
+    return cls.why_not(model)
 
 
 def _check_present(plan: list[tuple[Model, Wanted]]) -> None:
     for model, wanted in plan:
-        for installation in _marks(model.module):
-            reason = conflict(registry.get(wanted.method), type(installation.method))
-            if reason is not None:
-                raise Conflict(
-                    f"{reason}; {installation.method.name} is on {model.name} already. Revert it first: "
-                    "hf_accel.revert(...)."
-                )
+        if (refusal := _refusal(model, registry.get(wanted.method))) is not None:
+            raise Conflict(refusal)
 
 
 # -- change and undo -----------------------------------------------------------------------------------------------
@@ -402,6 +425,7 @@ def _put(model: Model, config: Config, origin: str, clock: Clock, former: Method
     except BaseException:
         installation.ledger.undo()
         raise
+    report.notes += [f"{entry.name} on the model: {entry.note}" for entry in standing(model.module) if entry.note]
     model.module.__dict__.setdefault(MARK, []).append(installation)
     return installation
 
@@ -424,4 +448,4 @@ def _undo(installed: list[tuple[Model, Installation]]) -> None:
             model.module.__dict__.pop(MARK, None)
 
 
-__all__ = ["Applied", "Explanation", "HFAccelError", "Verdict", "apply", "explain", "methods", "revert"]
+__all__ = ["Applied", "Explanation", "HFAccelError", "Pair", "Verdict", "apply", "explain", "methods", "revert"]

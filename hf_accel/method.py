@@ -21,7 +21,8 @@ from hf_accel.errors import InvalidSetting, UnsupportedByKernel
 from hf_accel.hosts import attention as attention_host
 from hf_accel.hosts import step_cache as step_cache_host
 from hf_accel.hosts.clock import Clock
-from hf_accel.hosts.denoisers import Medium
+from hf_accel.hosts.denoisers import HOSTS_OF, Host, Medium, describe, host_of
+from hf_accel.hosts.foreign import Foreign
 from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model
 from hf_accel.hosts.unet_views import deepest_branch
@@ -55,6 +56,7 @@ class Facts:
         needs: what the host must be able to tell it.
         media: kinds of hosts it is meant for; image hosts have one frame or no grid at all, text hosts are causal
             language models, where only the prefill is attended by a method.
+        hosts: kinds of networks it works on; empty: all whose attention shows its media.
         backward: gradients flow through it; otherwise calls that need gradients run dense and are counted.
         compile: works in a model under ``torch.compile(fullgraph=True)``.
         batched: handles batch > 1; other calls run dense and are counted.
@@ -70,6 +72,7 @@ class Facts:
     site: Site
     needs: frozenset[Need] = frozenset()
     media: frozenset[Medium] = frozenset({"video"})
+    hosts: frozenset[Host] = frozenset()
     backward: bool = False
     compile: bool = True
     batched: bool = True
@@ -79,6 +82,11 @@ class Facts:
     budget: str | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     max_head_dim: int = 256
+
+    @property
+    def places(self) -> frozenset[tuple[Host, Medium]]:
+        """The kinds of networks it works on, each with what their tokens show."""
+        return frozenset((host, medium) for medium in self.media for host in self.hosts or HOSTS_OF[medium])
 
 
 @dataclass(frozen=True)
@@ -98,14 +106,64 @@ class SparseAttentionConfig(Settings):
     backend: str = setting("auto", "kernels to use", choices=("auto", "triton", "torch"))
 
 
-def conflict(a: type[Method], b: type[Method]) -> str | None:
-    """Why two methods cannot be on one model together, or None. Symmetric."""
-    if a.name == b.name:
+Party = type["Method"] | Foreign
+
+
+def apart(a: Party, b: Party) -> str | None:
+    """Why the two never meet, no model taking both; None if one does. Symmetric."""
+    first, second = sorted((a, b), key=lambda party: party.name)
+    if _places(first) & _places(second):
+        return None
+    words = (f"{party.name} is for {hosts_in_words(party)}" for party in (first, second))
+    return f"no model takes both: {'; '.join(words)}"
+
+
+def conflict(a: Party, b: Party) -> str | None:
+    """Why two methods, or a method and something foreign, cannot be on one model together, or None. Symmetric.
+
+    None also where they never meet (:func:`apart`).
+    """
+    if type(a) is type(b) and a.name == b.name:
         return None  # applying a method again replaces it
-    if a.facts.site == b.facts.site and a.facts.site in EXCLUSIVE_SITES:
-        first, second = sorted((a.name, b.name))
-        return f"{first} and {second} both own the {a.facts.site} site of a model; only one method can"
+    if apart(a, b) is not None:
+        return None
+    first, second = sorted((a, b), key=lambda party: party.name)
+    site = site_of(first)
+    if site == site_of(second) and site in EXCLUSIVE_SITES:
+        return f"{first.name} and {second.name} both own the {site} site of a model; only one can"
+    for method, other in ((first, second), (second, first)):
+        # A step cache runs the model's own forward in parts.
+        if site_of(method) == "step cache" and isinstance(other, Foreign) and other.replaces_forward:
+            return f"{method.name} runs parts of the model's forward, and {other.name} has replaced that forward"
     return None
+
+
+def takes(cls: type[Method], module: torch.nn.Module) -> bool:
+    """Whether a method is meant for this kind of network, by its facts alone."""
+    spec, host = describe(module), host_of(module)
+    shown = {spec.medium} if spec is not None else set(HOSTS_OF)
+    return any(place == host and medium in shown for place, medium in cls.facts.places)
+
+
+def site_of(party: Party) -> str | None:
+    """The site that a method, or something foreign, takes."""
+    return party.site if isinstance(party, Foreign) else party.facts.site
+
+
+def _places(party: Party) -> frozenset[tuple[Host, Medium]]:
+    if isinstance(party, Foreign):
+        return frozenset((host, medium) for host in party.hosts for medium in HOSTS_OF)
+    return party.facts.places
+
+
+def hosts_in_words(party: Party) -> str:
+    """The kinds of networks of a method, or of something foreign, for people."""
+    if isinstance(party, Foreign):
+        return ", ".join(sorted(party.hosts)) or "none that a method takes"
+    media: dict[Host, list[str]] = {}
+    for host, medium in sorted(party.facts.places):
+        media.setdefault(host, []).append(medium)
+    return ", ".join(f"{host} ({', '.join(shown)})" for host, shown in media.items())
 
 
 class Method(ABC):
@@ -229,7 +287,7 @@ class AttentionRunner:
     def __init__(self, method: AttentionMethod):
         self.method = method
         self.differentiable = method.facts.backward
-        self._states: dict[tuple[int, int], Any] = {}
+        self._states: dict[tuple[int, int, int], Any] = {}
         self._verdicts: dict[Any, break_even.Verdict] = {}
 
     def reset(self) -> None:
@@ -248,7 +306,8 @@ class AttentionRunner:
             return call.fallback(reason)
         if self._slower_than_dense(call):
             return call.fallback("slower than dense at this shape (on_slow)")
-        key = (call.layer.index, call.item)
+        # A cache may run half of a guidance batch within a generation: state of two items is not that of one.
+        key = (call.layer.index, call.item, call.query.shape[0])
         if key not in self._states:
             self._states[key] = self.method.new_state()
         if self._dense_step(call):

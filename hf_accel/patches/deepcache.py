@@ -87,6 +87,7 @@ class DeepCache(StepCacheMethod):
         site="step cache",
         needs=frozenset({"step"}),
         media=frozenset({"image", "video"}),
+        hosts=frozenset({"unet"}),
         full_budget={"cache_interval": 1},
     )
     Config = DeepCacheConfig
