@@ -78,7 +78,8 @@ class MacShares:
             config["encoder_hid_dim_type"] = None  # set by load_ip_adapter; its projection is not in the configuration
         try:
             with torch.device("meta"), torch.no_grad():
-                twin: Any = self._class.from_config(config)
+                # SVD's blenders make their weight by a constructor that does not heed the device context
+                twin: Any = self._class.from_config(config).to("meta")
                 views = UNetViews(twin, self._branch)
                 full = self._watch(twin, views.full, arguments)
                 views.splice.inner = views.tap.inner
