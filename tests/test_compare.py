@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import warnings
 
 import pytest
 import torch
+import unet_pipelines
 from tiny_pipelines import TinyPipeline
 
 import hf_accel
@@ -102,6 +105,75 @@ def test_an_image_pipeline(tmp_path):
         assert picture.size == (3 * 208, 222)
         assert left.tobytes() == middle.tobytes()
         assert right.getextrema() == ((0, 0),) * 3
+
+
+@pytest.fixture(scope="module")
+def step_caches():
+    """Two of them on tiny Stable Diffusion."""
+    methods = ["deepcache", ("all", {"deepcache": {"cache_interval": 1}})]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "hf_accel")  # twelve steps are enough; the two of the warm-up are nobody's
+        return hf_accel.compare(
+            unet_pipelines.shared("sd"), methods, prompts=["a", "b"], seeds=[1, 2], num_inference_steps=12,
+            **unet_pipelines.SIZE,
+        )  # fmt: skip
+
+
+def test_a_step_cache_shows_its_share_of_macs_and_no_attention(step_caches, tmp_path):
+    cached, whole = step_caches.summary()  # no run through the attention seam: nobody asked for attention
+    assert [cached.label, whole.label] == ["deepcache", "all"]
+    assert whole.psnr_worst == PSNR_LIMIT > cached.psnr_mean
+    assert whole.mac_share == 1
+    run = step_caches.reports["deepcache"].entries[0].run
+    assert (sum(run.full_steps.values()), run.partial_steps) == (4, 8)
+    assert 1 / 3 < cached.mac_share == run.mac_share < 1
+    for row in (cached, whole):
+        assert row.density is row.sparse_share is row.attention_time_ratio is None
+
+    text = str(step_caches)
+    head = text.splitlines()[1]
+    assert all(word in head for word in ("MACs", "by MACs", "whole", "memory"))
+    assert not any(word in head for word in ("density", "sparse", "attention"))
+    assert f"{cached.mac_share:.1%}" in text
+    assert f"{1 / cached.mac_share:.2f} x" in text
+    files = step_caches.save(tmp_path)
+    assert [file.name for file in files] == ["comparison.json", "side_by_side.png"]
+    stored = json.loads(files[0].read_text(), parse_constant=pytest.fail)
+    assert stored["summary"][0]["mac_share"] == cached.mac_share
+    assert stored["reports"]["all"]["entries"][0]["run"]["partial_steps"] == 0
+
+
+def test_a_step_cache_beside_and_with_an_attention_method():
+    methods = ["deepcache", ("both", ["deepcache", "grat"])]
+    found = hf_accel.compare(
+        unet_pipelines.shared("sd"), methods, prompt="a", num_inference_steps=12, **unet_pipelines.SIZE
+    )
+    dense, cached, both = found.summary()
+    assert dense.label == "dense"
+    assert (dense.mac_share, cached.density, cached.attention_time_ratio) == (None, None, None)
+    assert both.mac_share == cached.mac_share < 1
+    assert 0 < both.density <= 1
+    assert both.attention_time_ratio > 0
+    lines = str(found).splitlines()
+    assert "density" in lines[1]
+    assert "by MACs" in lines[1]
+    assert " - " in lines[3]  # a cell that the row has no figure for
+
+
+def test_warm_up_reaches_the_partial_steps(monkeypatch):
+    pipe = unet_pipelines.shared("sd")
+    steps: list[int] = []
+    inner = type(pipe).__call__
+
+    @functools.wraps(inner)
+    def counting(self, *args, num_inference_steps, **call):
+        steps.append(num_inference_steps)
+        return inner(self, *args, num_inference_steps=num_inference_steps, **call)
+
+    monkeypatch.setattr(type(pipe), "__call__", counting)
+    late = {"deepcache": {"start_step": 4}}
+    hf_accel.compare(pipe, late, prompt="a", num_inference_steps=12, **unet_pipelines.SIZE)
+    assert steps == [2, 6, 12, 12]
 
 
 def test_warm_up_reaches_the_sparse_steps_and_no_further(video):

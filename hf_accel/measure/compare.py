@@ -6,6 +6,8 @@ import inspect
 import json
 import math
 import statistics
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,13 +23,14 @@ from hf_accel.measure.machine import describe_machine
 from hf_accel.measure.memory import how_measured
 from hf_accel.measure.pictures import write_side_by_side
 from hf_accel.measure.quality import psnr, ssim
-from hf_accel.measure.sampling import Sample, generate, generate_with
+from hf_accel.measure.sampling import Sample, attention_runs, generate, generate_with
 from hf_accel.measure.tables import align, mebibytes, times
 from hf_accel.report import Report
 
 DENSE = "dense"
 WARMUP_STEPS = 2
 PSNR_LIMIT = 200.0  # dB; equal outputs have infinitely many, of which no mean can be taken
+_GATES = ("dense_steps", "start_step")  # settings that say from which step on a method does something
 _OURS = ("generator", "output_type", "return_dict", "prompt")
 
 Request = str | Config | Mapping[str, Mapping[str, Any]] | Sequence[Any]
@@ -39,7 +42,8 @@ class Figures:
 
     Attributes:
         psnr_db, ssim: against the unpatched output; PSNR at most 200 dB, which means equal.
-        density: mean share of query-key pairs computed in the sparse calls.
+        density: mean share of query-key pairs computed in the sparse calls; None if the method patches no attention.
+        mac_share: MACs of the model as a share of those of a run without step cache; None without one, or unknown.
         sparse_calls, dense_calls: attention calls by the method, and others by reason.
         attention_time_ratio: time in the patched attentions, dense over method, selection included; None if the
             method patches no attention.
@@ -52,7 +56,8 @@ class Figures:
     seed: int
     psnr_db: float
     ssim: float
-    density: float
+    density: float | None
+    mac_share: float | None
     sparse_calls: int
     dense_calls: dict[str, int]
     attention_time_ratio: float | None
@@ -82,8 +87,9 @@ class Summary:
     psnr_worst: float
     ssim_mean: float
     ssim_worst: float
-    density: float
-    sparse_share: float
+    density: float | None
+    mac_share: float | None
+    sparse_share: float | None
     attention_time_ratio: float | None
     whole_time_ratio: float
     peak_bytes: int | None
@@ -96,8 +102,9 @@ class Comparison:
     Attributes:
         pipeline: class name.
         call: arguments of the pipeline calls.
-        figures: per method and prompt. The method ``dense`` is the model's own attention through the seam: its
-            whole-time ratio is what the seam costs, its PSNR how far two dense runs are apart.
+        figures: per method and prompt. Where attention methods are compared, the method ``dense`` is the model's own
+            attention through the seam: its whole-time ratio is what the seam costs, its PSNR how far two dense runs are
+            apart.
         baselines: the unpatched runs, one per prompt.
         reports: label -> report of the method's run on the first prompt.
         pictures: label -> ``[F, H, W, 3]`` uint8 of the first prompt; ``unpatched`` is there too.
@@ -116,7 +123,7 @@ class Comparison:
 
     @property
     def labels(self) -> list[str]:
-        """Of the methods compared, in order; ``dense`` comes first."""
+        """Of the methods compared, in order; ``dense`` comes first if it is there."""
         return list(dict.fromkeys(entry.label for entry in self.figures))
 
     def of(self, label: str) -> list[Figures]:
@@ -143,7 +150,7 @@ class Comparison:
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``comparison.json`` and ``side_by_side.gif`` (of a video) or ``.png`` (of an image) into a folder.
 
-        A row of the picture is ``dense | method | difference x 4``, from the first prompt.
+        A row of the picture is ``unpatched | method | difference x 4``, from the first prompt.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,22 +162,9 @@ class Comparison:
     def __str__(self) -> str:
         seconds = statistics.median(entry.seconds for entry in self.baselines)
         prompts = len(self.baselines)
-        head = ["method", "PSNR dB", "worst", "SSIM", "worst", "density", "sparse", "attention", "whole", "memory"]
-        rows = [
-            [
-                entry.label,
-                _decibels(entry.psnr_mean),
-                _decibels(entry.psnr_worst),
-                f"{entry.ssim_mean:.4f}",
-                f"{entry.ssim_worst:.4f}",
-                f"{entry.density:.3f}",
-                f"{entry.sparse_share:.0%}",
-                times(entry.attention_time_ratio),
-                times(entry.whole_time_ratio),
-                mebibytes(entry.peak_bytes),
-            ]
-            for entry in self.summary()
-        ]
+        summary = self.summary()
+        columns = _columns(summary)
+        rows = [[cell(entry) for _, cell in columns] for entry in summary]
         device = ", ".join(
             str(part)
             for part in (self.machine["device"], self.machine.get("threads") and f"{self.machine['threads']} threads")
@@ -181,9 +175,8 @@ class Comparison:
             [
                 f"{self.pipeline}, {prompts} prompt{'s' if prompts > 1 else ''}, {device}; unpatched: {seconds:.2f} s, "
                 f"{base}",
-                align(head, rows),
-                "quality against the unpatched run of the same seed; density in the sparse calls, and the share of "
-                "calls that they are;",
+                align([name for name, _ in columns], rows),
+                *_legend(summary),
                 f"times are unpatched / method; memory: {self.memory}",
             ]
         )
@@ -203,8 +196,9 @@ def compare(
     """Generate with the unpatched pipeline and with each method, same prompts and seeds, and set them side by side.
 
     Per prompt: once unpatched (for whole time and quality), once with the model's own attention through the seam (for
-    attention time), once with each method, in this order; before the first, two steps of each to warm up. Methods are
-    applied and reverted one after the other; the pipeline is left as it was found, also after an exception.
+    attention time; only if some method patches attention), once with each method, in this order; before the first, two
+    steps of each to warm up. Methods are applied and reverted one after the other; the pipeline is left as it was
+    found, also after an exception.
 
     Args:
         pipe: a loaded diffusers pipeline that makes videos or images from a prompt, without methods on it.
@@ -229,13 +223,16 @@ def compare(
             raise InvalidSetting("compare", name, call[name], "left to compare, which sets it itself")
     _check_pipeline(pipe)
     requests = _labelled(methods)
+    attentive = False
     for _, request in requests:
-        apply(pipe, request).revert()  # a mistake is found before minutes of dense runs
+        with apply(pipe, request) as applied:  # a mistake is found before minutes of dense runs
+            attentive = attentive or bool(attention_runs(applied.report()))
+    runs = [(DENSE, DENSE), *requests] if attentive else requests
     device = execution_device(pipe)
     result = Comparison(type(pipe).__name__, dict(call), memory=how_measured(device), machine=describe_machine(device))
     say = announce if announce is not None else (lambda words: None)
     say("warm-up")
-    _warm_up(pipe, [DENSE, *(request for _, request in requests)], texts[0], call)
+    _warm_up(pipe, [request for _, request in runs], texts[0], call)
     for number, (text, noise) in enumerate(zip(texts, numbers, strict=True)):
         where = f", prompt {number + 1} of {len(texts)}" if len(texts) > 1 else ""
         say(f"unpatched{where}")
@@ -244,7 +241,7 @@ def compare(
         if not number:
             result.pictures["unpatched"] = _bytes(plain.frames)
         attention = None
-        for label, request in [(DENSE, DENSE), *requests]:
+        for label, request in runs:
             say(f"{label}{where}")
             sample = generate_with(pipe, request, text, noise, **call)
             if label == DENSE:
@@ -322,55 +319,107 @@ def _warm_up(pipe: Any, requests: list[Any], prompt: str, call: dict[str, Any]) 
     def brief(dense: int = 0) -> dict[str, Any]:
         return {**call, "num_inference_steps": int(min(wanted, dense + WARMUP_STEPS))} if countable else call
 
-    generate(pipe, prompt, 0, **brief())
-    for request in requests:
-        with apply(pipe, request) as applied:
-            gates = [entry.settings.get("dense_steps") for entry in applied.report()]
-            generate(pipe, prompt, 0, **brief(max((gate for gate in gates if isinstance(gate, int)), default=0)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="hf_accel: ")  # of so few steps; what holds for the runs comes again
+        generate(pipe, prompt, 0, **brief())
+        for request in requests:
+            with apply(pipe, request) as applied:
+                gates = [entry.settings.get(name) for entry in applied.report() for name in _GATES]
+                generate(pipe, prompt, 0, **brief(max((gate for gate in gates if isinstance(gate, int)), default=0)))
 
 
 def figures_of(label: str, prompt: str, seed: int, sample: Sample, plain: Sample, attention: float | None) -> Figures:
     """A run beside the unpatched run ``plain``; ``attention``: seconds in the model's own attention."""
     ours = sample.attention_seconds
-    dense_calls: dict[str, int] = {}
-    for run in sample.runs:
-        for reason, count in run.dense_calls.items():
-            dense_calls[reason] = dense_calls.get(reason, 0) + count
+    dense_calls: Counter[str] = Counter()
+    for run in sample.attention_runs:
+        dense_calls.update(run.dense_calls)
     return Figures(
-        label,
-        prompt,
-        seed,
-        min(psnr(sample.frames, plain.frames), PSNR_LIMIT),
-        ssim(sample.frames, plain.frames),
-        sample.density,
-        sum(run.sparse_calls for run in sample.runs),
-        dense_calls,
-        attention / ours if attention and ours else None,
-        plain.seconds / sample.seconds,
-        sample.seconds,
-        ours,
-        sample.peak_bytes,
+        label=label,
+        prompt=prompt,
+        seed=seed,
+        psnr_db=min(psnr(sample.frames, plain.frames), PSNR_LIMIT),
+        ssim=ssim(sample.frames, plain.frames),
+        density=sample.density,
+        mac_share=sample.mac_share,
+        sparse_calls=sum(run.sparse_calls for run in sample.attention_runs),
+        dense_calls=dict(dense_calls),
+        attention_time_ratio=attention / ours if attention and ours else None,
+        whole_time_ratio=plain.seconds / sample.seconds,
+        seconds=sample.seconds,
+        attention_seconds=ours,
+        peak_bytes=sample.peak_bytes,
     )
 
 
 def _summarise(label: str, rows: list[Figures]) -> Summary:
-    ratios = [row.attention_time_ratio for row in rows if row.attention_time_ratio is not None]
-    peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None]
+    def known(name: str) -> list[Any]:
+        return [value for row in rows if (value := getattr(row, name)) is not None]
+
+    ratios, densities, shares = known("attention_time_ratio"), known("density"), known("mac_share")
     sparse = sum(row.sparse_calls for row in rows)
     calls = sparse + sum(sum(row.dense_calls.values()) for row in rows)
     return Summary(
-        label,
-        len(rows),
-        statistics.mean(row.psnr_db for row in rows),
-        min(row.psnr_db for row in rows),
-        statistics.mean(row.ssim for row in rows),
-        min(row.ssim for row in rows),
-        statistics.mean(row.density for row in rows),
-        sparse / calls if calls else 0.0,
-        statistics.median(ratios) if ratios else None,
-        statistics.median(row.whole_time_ratio for row in rows),
-        max(peaks, default=None),
+        label=label,
+        prompts=len(rows),
+        psnr_mean=statistics.mean(row.psnr_db for row in rows),
+        psnr_worst=min(row.psnr_db for row in rows),
+        ssim_mean=statistics.mean(row.ssim for row in rows),
+        ssim_worst=min(row.ssim for row in rows),
+        density=statistics.mean(densities) if densities else None,
+        mac_share=statistics.mean(shares) if shares else None,
+        sparse_share=sparse / calls if calls else None,
+        attention_time_ratio=statistics.median(ratios) if ratios else None,
+        whole_time_ratio=statistics.median(row.whole_time_ratio for row in rows),
+        peak_bytes=max(known("peak_bytes"), default=None),
     )
+
+
+def _columns(rows: list[Summary]) -> list[tuple[str, Callable[[Summary], str]]]:
+    """Head and cell of every column that some row has something for."""
+    quality: list[tuple[str, Callable[[Summary], str]]] = [
+        ("method", lambda row: row.label),
+        ("PSNR dB", lambda row: _decibels(row.psnr_mean)),
+        ("worst", lambda row: _decibels(row.psnr_worst)),
+        ("SSIM", lambda row: f"{row.ssim_mean:.4f}"),
+        ("worst", lambda row: f"{row.ssim_worst:.4f}"),
+    ]
+    attention: list[tuple[str, Callable[[Summary], str]]] = [
+        ("density", lambda row: _share(row.density, ".3f")),
+        ("sparse", lambda row: _share(row.sparse_share, ".0%")),
+        ("attention", lambda row: times(row.attention_time_ratio)),
+    ]
+    cached: list[tuple[str, Callable[[Summary], str]]] = [
+        ("MACs", lambda row: _share(row.mac_share, ".1%")),
+        ("by MACs", lambda row: times(1 / row.mac_share if row.mac_share else None)),
+    ]
+    return [
+        *quality,
+        *(attention if _any(rows, "density") else ()),
+        *(cached if _any(rows, "mac_share") else ()),
+        ("whole", lambda row: times(row.whole_time_ratio)),
+        ("memory", lambda row: mebibytes(row.peak_bytes)),
+    ]
+
+
+def _legend(rows: list[Summary]) -> list[str]:
+    """What the columns mean, below the table."""
+    lines = ["quality against the unpatched run of the same seed"]
+    if _any(rows, "density"):
+        lines[0] += "; density in the sparse calls, and the share of calls that they are"
+    if _any(rows, "mac_share"):
+        lines.append(
+            "MACs of the cached model, of those without cache; by MACs: one over that, its ratio if time followed MACs"
+        )
+    return lines
+
+
+def _any(rows: list[Summary], name: str) -> bool:
+    return any(getattr(row, name) is not None for row in rows)
+
+
+def _share(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _bytes(frames: torch.Tensor) -> torch.Tensor:

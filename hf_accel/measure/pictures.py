@@ -1,4 +1,4 @@
-"""Pictures for people: dense beside each method, and density by layer and step."""
+"""Pictures for people: the unpatched run beside each method, and density by layer and step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hf_accel.report import RunStatistics
 SMALL = 200
 
 
-def write_side_by_side(folder: Path, dense: torch.Tensor, methods: Mapping[str, torch.Tensor]) -> Path:
-    """A row ``dense | method | difference x 4`` per method: a GIF of a video, a PNG of one image.
+def write_side_by_side(folder: Path, unpatched: torch.Tensor, methods: Mapping[str, torch.Tensor]) -> Path:
+    """A row ``unpatched | method | difference x 4`` per method: a GIF of a video, a PNG of one image.
 
     Args:
-        dense: ``[F, H, W, 3]`` uint8; one frame makes a PNG.
+        unpatched: ``[F, H, W, 3]`` uint8; one frame makes a PNG.
         methods: label -> the same shape.
 
     Returns:
@@ -25,10 +25,10 @@ def write_side_by_side(folder: Path, dense: torch.Tensor, methods: Mapping[str, 
     """
     from PIL import Image
 
-    zoom = max(1, -(-SMALL // min(dense.shape[1:3])))
+    zoom = max(1, -(-SMALL // min(unpatched.shape[1:3])))
     frames = []
-    for index in range(dense.shape[0]):
-        rows = [_row(dense[index], video[index], label, zoom) for label, video in methods.items()]
+    for index in range(unpatched.shape[0]):
+        rows = [_row(unpatched[index], video[index], label, zoom) for label, video in methods.items()]
         sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
         top = 0
         for row in rows:
@@ -44,11 +44,11 @@ def write_side_by_side(folder: Path, dense: torch.Tensor, methods: Mapping[str, 
     return file
 
 
-def _row(dense: torch.Tensor, ours: torch.Tensor, label: str, zoom: int):
+def _row(unpatched: torch.Tensor, ours: torch.Tensor, label: str, zoom: int):
     from PIL import Image, ImageDraw
 
-    difference = ((ours.int() - dense.int()).abs() * 4).clamp(0, 255).byte()
-    panels = {"dense": dense, label: ours, "difference x 4": difference}
+    difference = ((ours.int() - unpatched.int()).abs() * 4).clamp(0, 255).byte()
+    panels = {"unpatched": unpatched, label: ours, "difference x 4": difference}
     image = Image.fromarray(torch.cat(list(panels.values()), dim=1).numpy())
     image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     canvas = Image.new("RGB", (image.width, image.height + 14), "white")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from hf_accel.api import apply
 from hf_accel.errors import NotApplicable
 from hf_accel.hosts.target import execution_device
 from hf_accel.measure.memory import PeakMemory
-from hf_accel.report import Report, RunStatistics
+from hf_accel.report import Report, RunStatistics, StepStatistics
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,11 @@ class Sample:
     Attributes:
         frames: ``[F, H, W, 3]`` fp32 in 0..1 on the CPU; of an image pipeline the images.
         seconds: wall time of the pipeline call.
-        attention_seconds: time inside the patched attentions, None for an unpatched run.
-        density: mean share of query-key pairs computed in the sparse calls; 1.0 for an unpatched run.
+        attention_seconds: time inside the patched attentions, None if none is patched.
+        density: mean share of query-key pairs computed in the sparse calls, 1.0 if there were none; None if no
+            attention is patched.
+        mac_share: MACs of the model as a share of those of a run without step cache; None without one, or where they
+            cannot be counted.
         report: of the method, None for an unpatched run.
         peak_bytes: see :class:`~hf_accel.measure.memory.PeakMemory`; None where it cannot be measured.
     """
@@ -31,19 +34,25 @@ class Sample:
     frames: torch.Tensor
     seconds: float
     attention_seconds: float | None = None
-    density: float = 1.0
+    density: float | None = None
+    mac_share: float | None = None
     report: Report | None = None
     peak_bytes: int | None = None
 
     @property
-    def run(self) -> RunStatistics | None:
-        """Counters of the first patched model."""
-        return self.report.entries[0].run if self.report is not None else None
+    def attention_runs(self) -> list[RunStatistics]:
+        """Counters of every attention method on every model."""
+        return attention_runs(self.report)
 
     @property
-    def runs(self) -> list[RunStatistics]:
-        """Counters of every patched model."""
-        return [entry.run for entry in self.report or () if entry.run is not None]
+    def step_runs(self) -> list[StepStatistics]:
+        """Counters of every step cache on every model."""
+        return [entry.run for entry in self.report or () if isinstance(entry.run, StepStatistics)]
+
+
+def attention_runs(report: Report | None) -> list[RunStatistics]:
+    """Counters of the attention methods in a report."""
+    return [entry.run for entry in report or () if isinstance(entry.run, RunStatistics)]
 
 
 def generate(pipe: Any, prompt: str, seed: int, **call: Any) -> Sample:
@@ -65,12 +74,14 @@ def generate_with(
     with apply(pipe, method, **(settings or {})) as applied:
         applied.time_attention()
         plain = generate(pipe, prompt, seed, **call)
-        report = applied.report()
-    runs = [entry.run for entry in report if entry.run is not None]
+        found = replace(plain, report=applied.report())
+    runs = found.attention_runs
     densities = [run.mean_density for run in runs if run.mean_density is not None]
-    density = sum(densities) / len(densities) if densities else 1.0
+    density = (sum(densities) / len(densities) if densities else 1.0) if runs else None
     attention_seconds = sum(run.stopwatch.seconds for run in runs) if runs else None
-    return Sample(plain.frames, plain.seconds, attention_seconds, density, report, plain.peak_bytes)
+    shares = [run.mac_share for run in found.step_runs if run.mac_share is not None]
+    mac_share = sum(shares) / len(shares) if shares else None
+    return replace(found, attention_seconds=attention_seconds, density=density, mac_share=mac_share)
 
 
 def _frames(pipe: Any, output: Any) -> torch.Tensor:
