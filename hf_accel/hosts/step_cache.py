@@ -110,6 +110,18 @@ def _foreign_forward(module: Any) -> str | None:
     )
 
 
+@dataclass(frozen=True)
+class Forward:
+    """One forward that runs now: the network that computes it and its arguments; the rest for the books."""
+
+    network: torch.nn.Module
+    arguments: Mapping[str, Any]
+    views: UNetViews | None = None
+    step: Step | None = None
+    shape: ForwardShape | None = None
+    reason: str | None = None  # why it is full
+
+
 class StepCacheContext:
     """State of the step-cache site on one U-Net."""
 
@@ -146,29 +158,46 @@ class StepCacheContext:
             self._views, self._seam_layers = UNetViews(unet, self.core.branch), None
         return self._views
 
-    def forward(self, unet: torch.nn.Module, native: Callable, arguments: dict[str, Any]) -> Any:
-        """One forward of the U-Net, full or partial."""
+    def begin(self, unet: torch.nn.Module, arguments: dict[str, Any]) -> Forward:
+        """One forward of the U-Net begins: decide whether it is full or partial."""
         self.core.check(arguments)
         sample, prompt = arguments["sample"], arguments.get("encoder_hidden_states")
         if torch.is_grad_enabled() and (sample.requires_grad or any(p.requires_grad for p in unet.parameters())):
             self.run.forwards += 1
             self.run.dense_calls["gradients are needed"] += 1
-            return native(unet, **arguments)
+            return Forward(unet, arguments)
         step = self._tick(arguments["timestep"], sample, prompt)
         views = self.views_of(unet)
         shape = ForwardShape.of(arguments)
         kept = self._kept.get(step.branch)
         reason = self._why_full(step, shape, kept)
-        try:
-            if reason is None and kept is not None:
-                out = self._partial(unet, native, views, kept, arguments)
-            else:
-                out = self._full(unet, native, views, arguments, step, shape)
-        except BaseException:
-            self.finish()
-            raise
-        self.run.record(step.index, reason, shape, self.kept_bytes)
-        return out
+        if reason is not None or kept is None:
+            return Forward(views.full, arguments, views, step, shape, reason)
+        self._tell_seam(unet, views)
+        views.splice.inner = kept.buffer
+        return Forward(views.partial, views.partial_arguments(unet, arguments), views, step, shape)
+
+    def end(self, forward: Forward) -> None:
+        """The forward is over: keep the inner state of a full one, write down what it was."""
+        views, step, shape = forward.views, forward.step, forward.shape
+        if views is None or step is None or shape is None:
+            return  # not ours, see begin()
+        views.splice.inner = None
+        if forward.reason is not None:
+            inner, views.tap.inner = views.tap.inner, None
+            if inner is None:
+                raise RuntimeError("the full view of a U-Net ran without passing its tap")
+            kept = self._kept.get(step.branch)
+            # Equal shapes of all arguments make equal inner states, and one address for the partial graph.
+            buffer = kept.buffer if kept is not None and kept.shape == shape else torch.empty_like(inner)
+            self._kept[step.branch] = Kept(step, shape, buffer.copy_(inner))
+        self.run.record(step.index, forward.reason, shape, self.kept_bytes)
+
+    def abandon(self, forward: Forward) -> None:
+        """The forward raised: nothing of its generation is kept."""
+        if forward.views is not None:
+            forward.views.splice.inner = forward.views.tap.inner = None
+        self.finish()
 
     def _tick(self, timestep: Any, sample: torch.Tensor, prompt: torch.Tensor | None) -> Step:
         position = self.clock.position_of(timestep)
@@ -192,25 +221,6 @@ class StepCacheContext:
             return "other arguments than the kept step"
         return self.core.why_full(step, kept.step)
 
-    def _full(self, unet, native, views: UNetViews, arguments, step: Step, shape: ForwardShape) -> Any:
-        out = native(views.full, **arguments)
-        inner, views.tap.inner = views.tap.inner, None
-        if inner is None:
-            raise RuntimeError("the full view of a U-Net ran without passing its tap")
-        kept = self._kept.get(step.branch)
-        # Equal shapes of all arguments make equal inner states, and one address for the partial graph.
-        buffer = kept.buffer if kept is not None and kept.shape == shape else torch.empty_like(inner)
-        self._kept[step.branch] = Kept(step, shape, buffer.copy_(inner))
-        return out
-
-    def _partial(self, unet, native, views: UNetViews, kept: Kept, arguments) -> Any:
-        self._tell_seam(unet, views)
-        views.splice.inner = kept.buffer
-        try:
-            return native(views.partial, **views.partial_arguments(unet, arguments))
-        finally:
-            views.splice.inner = None
-
     def _tell_seam(self, unet: torch.nn.Module, views: UNetViews) -> None:
         """An attention method on the same U-Net counts layers: say which of them a partial forward runs."""
         seam = context_of(unet)
@@ -233,13 +243,26 @@ def _forward_of(cls: Any) -> Callable:
     native = cls.forward
     names = [name for name in inspect.signature(native).parameters if name != "self"]
 
+    # Which of the two graphs runs is decided at every call, outside of any graph; what is compiled is ``native``.
+    begin, end, abandon = (
+        torch._dynamo.disable(decide, reason="hf_accel chooses a full or a partial graph")
+        for decide in (StepCacheContext.begin, StepCacheContext.end, StepCacheContext.abandon)
+    )
+
     @functools.wraps(native)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         missing = [name for name in ("sample", "timestep") if name not in arguments]
         if missing or len(args) > len(names):
             return native(self, *args, **kwargs)  # raises what the host raises
-        return self.__dict__[_ATTRIBUTE].forward(self, native, arguments)
+        context = self.__dict__[_ATTRIBUTE]
+        now = begin(context, self, arguments)
+        try:
+            out = native(now.network, **now.arguments)
+        except BaseException:
+            abandon(context, now)
+            raise
+        end(context, now)
+        return out
 
-    # Which of the two graphs runs is decided here, at every call; recursive=False leaves them to be compiled.
     return torch._dynamo.disable(forward, recursive=False, reason="hf_accel chooses a full or a partial graph")
