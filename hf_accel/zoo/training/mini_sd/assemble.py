@@ -27,16 +27,18 @@ from .train import SCALING
 EMBEDDING = "embeddings.token_embedding.weight"
 
 
-def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def byte_pairs() -> tuple[dict[str, int], Any]:
     """Vocabulary and merges with which CLIP's byte-pair encoding makes one token of each word of the grammar.
 
-    The merges are learned as usual, the most frequent pair first, until every word is whole; so applying them in order
-    of rank takes the same way. Letters and the pieces on that way come after the words: other words end in them.
+    The merges (pairs, though transformers types them as strings) are learned as usual, the most frequent pair first,
+    until every word is whole; so applying them in order of rank takes the same way. Letters and the pieces on that way
+    come after the words: other words end in them.
     """
     words = [word for word in vocabulary() if word not in SPECIAL]
     split = [[*word[:-1], word[-1] + "</w>"] for word in words]
     letters = "abcdefghijklmnopqrstuvwxyz"
-    pieces, merges = {*letters, *(letter + "</w>" for letter in letters)}, []
+    merges: list[tuple[str, str]] = []
+    pieces = {*letters, *(letter + "</w>" for letter in letters)}
     while any(len(word) > 1 for word in split):
         counts = Counter(pair for word in split for pair in pairwise(word))
         pair = min(counts, key=lambda pair: (-counts[pair], pair))

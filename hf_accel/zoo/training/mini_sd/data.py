@@ -21,21 +21,31 @@ BACK_RGB = (
     (0.38, 0.41, 0.10),
 )
 RADIUS = ((8.0, 9.0), (12.5, 14.0))  # pixels, small and large
+STRIDE = 4  # pixels to a latent
 STRIPE = 8.0  # pixels from one dark stripe to the next
 TOWARDS = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))  # x, y of grammar.RELATIONS; y grows downward
 
 
-def render(scenes: Scenes, generator: torch.Generator) -> Tensor:
-    """Pictures `[N, 3, 64, 64]` float32 in -1..1. `generator` draws what captions do not tell: places and tilt."""
-    return render_with_places(scenes, generator)[0]
+def render(scenes: Scenes, generator: torch.Generator, free: bool = False) -> Tensor:
+    """Pictures `[N, 3, 64, 64]` float32 in -1..1. `generator` draws what captions do not tell: places.
+
+    Places are multiples of 4 pixels, the stride of the latents, so that a form of a size is one pattern of latents
+    wherever it stands; with that a U-Net this small can draw it. `free` is for what shall know more than the U-Net
+    draws, autoencoder and judge: any place, sizes that vary, and a tilt.
+    """
+    return render_with_places(scenes, generator, free)[0]
 
 
-def render_with_places(scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def render_with_places(scenes: Scenes, generator: torch.Generator, free: bool = False) -> tuple[Tensor, Tensor]:
     """As :func:`render`, and where both shapes are: x, y in pixels from the middle, `[N, 2, 2]`."""
     n = len(scenes)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
+
+    def place(reach: float, *shape: int) -> Tensor:
+        value = uniform(-reach, reach, *shape)
+        return value if free else STRIDE * (value / STRIDE).round()
 
     axis = torch.arange(SIDE, dtype=torch.float32) + 0.5 - SIDE / 2
     grid_y, grid_x = axis.view(1, SIDE, 1), axis.view(1, 1, SIDE)
@@ -49,14 +59,14 @@ def render_with_places(scenes: Scenes, generator: torch.Generator) -> tuple[Tens
     single = (scenes.count == 1)[:, None]
     places = []
     for shape in range(2):
-        centre = towards * (1 - 2 * shape) * uniform(15.5, 17.5, 1) + across * uniform(-6, 6, 1)
-        centre = torch.where(single, uniform(-12, 12, 2), centre)
+        centre = towards * (1 - 2 * shape) * (uniform(15.5, 17.5, 1) if free else 16.0) + across * place(6, 1)
+        centre = torch.where(single, place(12, 2), centre)
         places.append(centre)
-        tilt = uniform(-0.15, 0.15, 1, 1)
+        tilt = uniform(-0.15, 0.15, 1, 1) * float(free)
         dx, dy = grid_x - centre[:, 0].view(-1, 1, 1), grid_y - centre[:, 1].view(-1, 1, 1)
         x, y = tilt.cos() * dx + tilt.sin() * dy, tilt.cos() * dy - tilt.sin() * dx
         low, high = torch.tensor(RADIUS)[scenes.size[:, shape]].unbind(1)
-        radius = (low + (high - low) * uniform(0, 1)).view(-1, 1, 1)
+        radius = (low + (high - low) * (uniform(0, 1) if free else 0.5)).view(-1, 1, 1)
         distance = signed_distance(scenes.form[:, shape].view(-1, 1, 1), x, y, radius)
         cover = (0.5 - distance).clamp(0, 1) * (scenes.count > shape).view(-1, 1, 1)
         stripes = torch.sigmoid(5 * torch.sin(2 * math.pi / STRIPE * (x + y) / math.sqrt(2)))

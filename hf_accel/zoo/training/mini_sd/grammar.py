@@ -130,9 +130,10 @@ def claims(text: str) -> dict:
     if back:
         found["background"] = {}
         for word in back.split():
-            for field, known in (("colour", BACK_COLOURS), ("texture", BACK_TEXTURES)):
-                if word in known:
-                    found["background"][field] = word
+            if word in BACK_COLOURS:
+                found["background"]["colour"] = word
+            elif word in BACK_TEXTURES:
+                found["background"]["texture"] = word
     return found
 
 
@@ -172,7 +173,7 @@ def draw_heldout(n: int = 64, seed: int = 2025) -> list[dict]:
     """What `heldout.json` was written from: two shapes each, no pair twice, everything told."""
     scenes = sample(8 * n, torch.Generator().manual_seed(seed))
     seen: set[int] = set()
-    entries = []
+    entries: list[dict] = []
     for index, code in enumerate(pair_code(scenes).tolist()):
         if code < 0 or code in seen or len(entries) == n:
             continue

@@ -97,7 +97,7 @@ def train(steps: int, seed: int = 0) -> Classifier:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-3)
     for step in range(steps):
         scenes = grammar.sample(64, generator)
-        pictures, centres = data.render_with_places(scenes, generator)
+        pictures, centres = data.render_with_places(scenes, generator, free=True)
         pictures = pictures / 2 + 0.5
         worn = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
         amount = torch.rand(64, 1, 1, 1, generator=generator) * (torch.rand(64, 1, 1, 1, generator=generator) < 0.5)

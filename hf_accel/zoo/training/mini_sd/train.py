@@ -16,9 +16,11 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,13 +110,13 @@ def train_vae(args: argparse.Namespace) -> None:
     generator.manual_seed(1 + phase.step)
     losses = []
     for share in phase:
-        picture = data.render(grammar.sample(args.batch, generator), generator)
+        picture = data.render(grammar.sample(args.batch, generator), generator, free=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.half):
             posterior = vae.encode(picture).latent_dist
             out = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape)).sample.float()
         kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         l1 = F.l1_loss(out, picture)
-        edge = sum(F.l1_loss(ours, true) for ours, true in zip(edges(out), edges(picture), strict=True))
+        edge = torch.stack([F.l1_loss(ours, true) for ours, true in zip(edges(out), edges(picture), strict=True)]).sum()
         loss = l1 + 0.5 * edge + 1e-4 * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -128,7 +130,7 @@ def train_vae(args: argparse.Namespace) -> None:
             phase.report(l1=round(l1, 5), edge=round(edge, 5), kl=round(kl, 3))
             losses.clear()
     vae.load_state_dict(average.weights())
-    pictures = data.render(grammar.sample(512, generator), generator)
+    pictures = data.render(grammar.sample(512, generator), generator, free=True)
     print("channels before", standardise(vae, pictures))
     again = reconstruct(vae, pictures)
     phase.report(psnr=round(float(psnr(again, pictures)), 2))
@@ -136,13 +138,13 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def encode(vae: nn.Module, pictures: Tensor) -> Tensor:
+def encode(vae: Any, pictures: Tensor) -> Tensor:
     """Latents `[N, 4, 16, 16]` as the U-Net sees them, of unit variance."""
     return torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(64)]) * SCALING
 
 
 @torch.no_grad()
-def reconstruct(vae: nn.Module, pictures: Tensor) -> Tensor:
+def reconstruct(vae: Any, pictures: Tensor) -> Tensor:
     return torch.cat([vae.decode(vae.encode(chunk).latent_dist.mode()).sample for chunk in pictures.split(64)])
 
 
@@ -153,7 +155,7 @@ def psnr(ours: Tensor, true: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def standardise(vae: nn.Module, pictures: Tensor) -> list[list[float]]:
+def standardise(vae: Any, pictures: Tensor) -> list[list[float]]:
     """Fold mean and spread of each latent channel into the 1 x 1 convolutions at the ends of the latents.
 
     The autoencoder computes what it did; its latents times :data:`SCALING` have mean 0 and variance 1 in every channel,
@@ -211,8 +213,12 @@ class Bank:
 
 def train_unet(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    model = nn.ModuleDict({"unet": parts.build_unet(), "text": parts.build_text_encoder()})
-    model["unet"].to(memory_format=torch.channels_last)  # before anything copies its layout
+    unet: Any = parts.build_unet()
+    # Fused attention's backward on a CPU is slower than plain matmuls.
+    unet.set_attn_processor(AttnProcessor())
+    unet.to(memory_format=torch.channels_last)  # before anything copies its layout
+    text_encoder = parts.build_text_encoder()
+    model = nn.ModuleDict({"unet": unet, "text": text_encoder})
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -226,21 +232,22 @@ def train_unet(args: argparse.Namespace) -> None:
     phase = Phase(args, "unet", {"model": model, "optimizer": optimizer, "average": average})
     generator = torch.Generator().manual_seed(3 + phase.step)
     alpha_bar = parts.build_scheduler().alphas_cumprod
-    unet = torch.compile(model["unet"]) if args.compile else model["unet"]
+    predict = torch.compile(unet) if args.compile else unet
     losses, start = [], time.monotonic()
     for share in phase:
         latents, captions = bank.draw(args.batch, generator)
         ids = grammar.encode(captions)
-        # one time from each of B equal stretches: less noise in the loss than independent times
-        times = (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) * (1000 / args.batch)
-        times = times.long()
+        # One time from each of B equal stretches: less noise in the loss than independent times. The power draws more
+        # of them where forms and places are decided.
+        times = (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) / args.batch
+        times = (1000 * times**0.7).long()
         noise = torch.randn(latents.shape, generator=generator)
         signal = alpha_bar[times].view(-1, 1, 1, 1)
         mixed = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         velocity = signal.sqrt() * noise - (1 - signal).sqrt() * latents
         with torch.autocast("cpu", torch.bfloat16, enabled=args.half):
-            text = model["text"](ids).last_hidden_state
-            out = unet(mixed, times, text, return_dict=False)[0]
+            text = text_encoder(ids).last_hidden_state
+            out = predict(mixed, times, text, return_dict=False)[0]
         error = (out.float() - velocity).square().mean((1, 2, 3))
         # min-SNR-5 where there is little noise; where there is much, plain velocity rather than min-SNR's
         # snr / (snr + 1), since that is where it is decided what stands where
