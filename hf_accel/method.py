@@ -141,6 +141,8 @@ def conflict(a: Party, b: Party) -> str | None:
 def takes(cls: type[Method], module: torch.nn.Module) -> bool:
     """Whether a method is meant for this kind of network, by its facts alone."""
     spec, host = describe(module), host_of(module)
+    if spec is None and host == "unet" and cls.facts.site == "attention":
+        return False  # nobody reads its tokens
     shown = {spec.medium} if spec is not None else set(HOSTS_OF)
     return any(place == host and medium in shown for place, medium in cls.facts.places)
 

@@ -53,9 +53,9 @@ class Foreign:
     def how_to_remove(self, module: torch.nn.Module, name: str) -> str:
         """What the user writes to take it off this model, which is called ``name``."""
         if self.off.endswith(".disable_cache()") and not hasattr(module, "disable_cache"):
-            lines = (f"{name}.{_REGISTRY}.remove_hook({hook!r}, recurse=True)" for hook in self.hooks)
-            return " and ".join(lines)
-        return self.off.replace("model.", f"{name}.")
+            registry = f"diffusers.hooks.HookRegistry.check_if_exists_or_initialize({name})"
+            return "; ".join(f"{registry}.remove_hook({hook!r}, recurse=True)" for hook in self.hooks)
+        return self.off.replace("model.", f"{name}.").replace("(model)", f"({name})")
 
 
 def standing(module: torch.nn.Module) -> list[Foreign]:
@@ -214,7 +214,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "diffusers: enable_group_offload() by blocks",
         None,
         frozenset({"transformer", "unet"}),
-        "model._diffusers_hook.remove_hook('group_offloading', recurse=True)",
+        "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model).remove_hook('group_offloading')",
         _hooked("group_offloading"),
         replaces_forward=True,
     ),
