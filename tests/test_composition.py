@@ -363,6 +363,18 @@ def test_foreign_things_are_recognised_and_held_to_their_facts(name):
         assert fingerprint(model) == before
 
 
+def test_offloading_by_leaves_is_no_concern():
+    model = tiny.build("unet")
+    plain = generate(model, "unet", timesteps=TIMESTEPS[:2])
+    cpu = torch.device("cpu")
+    model.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    assert standing(model) == []
+    for method, cls in METHODS.items():
+        if claims(method, model) and cls.facts.site != "attention":
+            with hf_accel.apply(model, method, **full_budget(method)):
+                assert close(generate(model, "unet", timesteps=TIMESTEPS[:2]), plain)
+
+
 def test_refusals_of_caches_say_what_to_write():
     import diffusers
     from diffusers.hooks import apply_pyramid_attention_broadcast

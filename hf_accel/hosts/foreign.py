@@ -117,6 +117,11 @@ def _offloaded(module: Any) -> bool:
     return "_hf_hook" in module.__dict__
 
 
+def _offloaded_by_blocks(module: Any) -> bool:
+    """Offloading by leaves hooks leaves only, and leaves the forwards of blocks alone."""
+    return bool(module._modules) and _hooked("group_offloading")(module)
+
+
 _SINGLE = (
     "attention that it skips is neither computed nor counted; in a compiled model, where it skips some attentions and "
     "not others, calls are counted for the wrong layers: leave the model eager, or cache all attentions alike"
@@ -211,11 +216,11 @@ FOREIGN: tuple[Foreign, ...] = (
     ),
     Foreign(
         "group offload",
-        "diffusers: enable_group_offload() by blocks",
+        "diffusers: enable_group_offload(offload_type='block_level'); by leaves it touches nothing of ours",
         None,
         frozenset({"transformer", "unet"}),
         "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model).remove_hook('group_offloading')",
-        _hooked("group_offloading"),
+        _offloaded_by_blocks,
         replaces_forward=True,
     ),
 )
