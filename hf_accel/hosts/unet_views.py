@@ -78,13 +78,13 @@ class Splice(nn.Module):
 
     def __init__(self, entry: nn.Module):
         super().__init__()
-        self.copies = bool(getattr(entry, "b1", None))
+        self.entry = entry
         self.inner: torch.Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.inner is None:
             raise RuntimeError("a partial forward of a U-Net without a stored hidden state")
-        return self.inner.clone() if self.copies else self.inner
+        return self.inner.clone() if getattr(self.entry, "b1", None) else self.inner
 
 
 class UNetViews:
@@ -241,6 +241,8 @@ def _shell(module: nn.Module, hooks: str = "", **children: nn.Module) -> nn.Modu
         if isinstance(value, dict) and "_hooks" in name and not (hooks and name.startswith(hooks)):
             twin.__dict__[name] = type(value)()
     twin.__dict__.pop("forward", None)
+    for name in children:
+        twin.__dict__.pop(name, None)  # a place that was None in __init__ is an attribute, and would hide the child
     twin.__dict__["_modules"] = OrderedDict({**module._modules, **children})
     return twin
 
@@ -248,6 +250,7 @@ def _shell(module: nn.Module, hooks: str = "", **children: nn.Module) -> nn.Modu
 def _witnesses(unet: nn.Module, cut: list[nn.Module]) -> Iterator[Any]:
     """Everything that a shell copied, by identity."""
     yield from unet._modules.values()
+    yield from (*unet.down_blocks, *unet.up_blocks)
     for module in (unet, *cut):
         yield from (value for name, value in module.__dict__.items() if not name.startswith("_"))
     for block in cut:
