@@ -18,6 +18,7 @@ from hf_accel import registry
 from hf_accel.errors import NotApplicable
 from hf_accel.hosts import token_order
 from hf_accel.hosts.target import Model
+from hf_accel.report import StepStatistics
 
 FAMILIES = sorted(tiny.TINY)
 METHODS = sorted(registry.methods())
@@ -59,12 +60,35 @@ def quick(method: str) -> dict:
     return QUICK.get(method, {})
 
 
+@torch.no_grad()
+def guided(model, family, order):
+    """The outputs of guidance in two forwards a step, those of branch 0 before those of branch 1."""
+    inputs = [tiny.TINY[family].inputs(model, seed=seed) for seed in (3, 4)]
+    out = {0: [], 1: []}
+    for timestep in TIMESTEPS:
+        for branch in order:
+            given = inputs[branch] | {"timestep": torch.full_like(inputs[branch]["timestep"], timestep)}
+            out[branch].append(model(**given, return_dict=False)[0])
+    return out[0] + out[1]
+
+
 def close(ours, theirs, limit=1e-5):
     return all(torch.allclose(a, b, atol=limit, rtol=limit) for a, b in zip(ours, theirs, strict=True))
 
 
 def equal(ours, theirs):
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def check_all_is_the_methods(run, family, forwards):
+    """At full budget the method had its say in every forward, and nothing was left out of any."""
+    assert run.forwards == forwards
+    assert not run.dense_calls
+    if isinstance(run, StepStatistics):
+        assert run.full_steps.total() == forwards
+        assert run.partial_steps == 0
+    else:
+        assert run.sparse_calls == tiny.TINY[family].layers * forwards
 
 
 def fingerprint(model: torch.nn.Module) -> dict:
@@ -86,8 +110,7 @@ def test_full_budget_is_dense(case):
     dense = denoise(model, family)
     with hf_accel.apply(model, method, **full_budget(method)) as applied:
         ours = denoise(model, family)
-        run = applied.report().entries[0].run
-    assert run.sparse_calls == tiny.TINY[family].layers * len(TIMESTEPS), run.dense_calls
+        check_all_is_the_methods(applied.report().entries[0].run, family, len(TIMESTEPS))
     assert close(ours, dense)
 
 
@@ -140,14 +163,45 @@ def test_state_does_not_survive_an_exception(case):
     with hf_accel.apply(model, method, **quick(method)):
         inputs = tiny.TINY[family].inputs(model, timestep=900.0, seed=5)
         tiny.run(model, family, timestep=900.0, seed=5)
-        bad = {"input_ids": torch.full((1, 40), 10**6)} if family in tiny.TEXTS else {
-            "encoder_hidden_states": torch.zeros(1, 2, 1)
-        }  # fmt: skip
         with pytest.raises((RuntimeError, ValueError, TypeError, AssertionError, IndexError)):
-            model(**inputs | bad)
+            model(**inputs | tiny.TINY[family].bad)
         second = denoise(model, family, seed=6)
     with hf_accel.apply(model, method, **quick(method)):
         assert equal(second, denoise(model, family, seed=6))
+
+
+def test_a_second_generation_equals_the_first(case):
+    method, family, model = case
+    with hf_accel.apply(model, method, **quick(method)) as applied:
+        first, second = denoise(model, family), denoise(model, family)
+        assert applied.report().entries[0].run.generations == 1 if family in tiny.TEXTS else 2
+    assert equal(first, second)
+
+
+def test_inference_mode_leaves_nothing_for_other_modes(case):
+    method, family, model = case
+    with hf_accel.apply(model, method, **quick(method)):
+        with torch.inference_mode():
+            first = denoise.__wrapped__(model, family)
+        assert equal(denoise(model, family), first)
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_revert_in_the_middle_of_a_generation(case, done):
+    method, family, model = case
+    before, dense = fingerprint(model), denoise(model, family)
+    applied = hf_accel.apply(model, method, **quick(method))
+    denoise(model, family, TIMESTEPS[:done])
+    applied.revert()
+    assert fingerprint(model) == before
+    assert equal(denoise(model, family, TIMESTEPS[done:]), dense[done:])
+
+
+def test_apply_in_the_middle_of_a_generation(case):
+    method, family, model = case
+    dense = denoise(model, family)
+    with hf_accel.apply(model, method, **full_budget(method)):
+        assert close(denoise(model, family, TIMESTEPS[1:]), dense[1:])
 
 
 def test_other_resolution_on_the_second_call(case):
@@ -166,24 +220,25 @@ def test_two_pass_guidance_in_both_orders(case, order):
     method, family, model = case
     if family in tiny.TEXTS:
         pytest.skip("a language model has no guidance branches")
-    inputs = [tiny.TINY[family].inputs(model, seed=seed) for seed in (3, 4)]
-
-    @torch.no_grad()
-    def guided():
-        out = {0: [], 1: []}
-        for timestep in TIMESTEPS:
-            for branch in order:
-                given = inputs[branch] | {"timestep": torch.full_like(inputs[branch]["timestep"], timestep)}
-                out[branch].append(model(**given, return_dict=False)[0])
-        return out[0] + out[1]
-
-    dense = guided()
+    dense = guided(model, family, order)
     with hf_accel.apply(model, method, **full_budget(method)) as applied:
-        ours = guided()
-        entry = applied.report().entries[0].run
-    assert entry.generations == 1
-    assert entry.forwards == 2 * len(TIMESTEPS)
+        ours = guided(model, family, order)
+        run = applied.report().entries[0].run
+    assert run.generations == 1
+    assert run.forwards == 2 * len(TIMESTEPS)
     assert close(ours, dense)
+
+
+def test_guidance_branches_do_not_see_each_other(case):
+    method, family, model = case
+    if family in tiny.TEXTS:
+        pytest.skip("a language model has no guidance branches")
+    alone = []
+    for branch in (0, 1):
+        with hf_accel.apply(model, method, **quick(method)):
+            alone += guided(model, family, (branch,))
+    with hf_accel.apply(model, method, **quick(method)):
+        assert equal(guided(model, family, (0, 1)), alone)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -215,7 +270,7 @@ def test_lora(case, when):
         assert fingerprint(model) == before
     delete = model.delete_adapter if family in tiny.TEXTS else model.delete_adapters
     delete("extra")
-    assert equal(denoise(model, family), plain)
+    assert close(denoise(model, family), plain, 1e-6)  # peft leaves its modules around the weights: other rounding
 
 
 # peft still asks transformers by an old name
@@ -229,7 +284,7 @@ def test_peft_model_is_looked_into(case):
     dense = denoise(wrapped, family)
     with hf_accel.apply(wrapped, method, **full_budget(method)) as applied:
         assert close(denoise(wrapped, family), dense)
-        assert applied.report().entries[0].run.sparse_calls
+        check_all_is_the_methods(applied.report().entries[0].run, family, len(TIMESTEPS))
     assert equal(denoise(wrapped, family), dense)
 
 
@@ -270,10 +325,29 @@ def test_whole_model_compiles_to_one_graph(case):
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         ours = denoise(compiled, family)
         run = applied.report().entries[0].run
+        check_all_is_the_methods(run, family, len(TIMESTEPS))
     assert close(ours, dense)
-    assert run.forwards == len(TIMESTEPS)
-    assert run.sparse_calls == tiny.TINY[family].layers * len(TIMESTEPS), run.dense_calls
-    assert counter.frame_count == 2 + movers  # the model, the hook in front of it, and those that move its tokens
+    if isinstance(run, StepStatistics):
+        assert counter.frame_count == 1  # the full view; see below for the partial one
+    else:
+        assert counter.frame_count == 2 + movers  # the model, the hook in front of it, and those that move its tokens
+    torch._dynamo.reset()
+
+
+def test_a_step_cache_compiles_to_two_graphs(case):
+    method, family, model = case
+    if registry.get(method).facts.site != "step cache":
+        pytest.skip("attention methods are one graph, whatever they leave out; see above")
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    with hf_accel.apply(model, method, **quick(method)) as applied:
+        eager = denoise(model, family)
+        ours = denoise(torch.compile(model, backend=counter, fullgraph=True), family)
+        ours += denoise(torch.compile(model, backend=counter, fullgraph=True), family, seed=6)
+        run = applied.report().entries[0].run
+        assert close(ours, eager + denoise(model, family, seed=6))
+    assert run.partial_steps
+    assert counter.frame_count == 2
     torch._dynamo.reset()
 
 
@@ -303,7 +377,7 @@ def test_saving_a_patched_model_saves_the_plain_model(case, tmp_path):
     again = type(model).from_pretrained(tmp_path).eval()
     assert list(again.state_dict()) == list(model.state_dict())
     assert equal(again.state_dict().values(), model.state_dict().values())
-    assert close(denoise(again, family), dense, 1e-6)  # loaded weights lie elsewhere in memory: other rounding
+    assert close(denoise(again, family), dense)  # loaded weights lie elsewhere in memory: other rounding
 
 
 def test_gradients_are_right_or_dense_and_counted(case):

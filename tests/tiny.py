@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,13 +15,15 @@ class Tiny:
     """``build()`` makes the model; ``inputs(model, batch, size)`` the arguments of one forward.
 
     ``size`` is (frames, height, width) of the latents (a text has as many tokens as their product); ``layers`` the
-    number of self-attentions; ``projections`` the names of those that make queries and keys.
+    number of self-attentions that methods find; ``projections`` the names of those that make queries and keys; with
+    ``bad`` in its arguments a forward raises after it began.
     """
 
     build: Callable[[], torch.nn.Module]
     inputs: Callable[..., dict[str, Any]]
     layers: int
     projections: tuple[str, str] = ("to_q", "to_k")
+    bad: Mapping[str, Any] = field(default_factory=lambda: {"encoder_hidden_states": torch.zeros(1, 2, 1)})
 
 
 def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -316,6 +318,77 @@ def _unet_inputs(model, batch=1, size=(1, 8, 8), timestep=500.0, seed=0):
     }
 
 
+def _sdxl():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2),
+        cross_attention_dim=24, attention_head_dim=(2, 4), norm_num_groups=4, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=60,
+    )  # fmt: skip
+
+
+def _sdxl_inputs(model, batch=1, size=(1, 8, 8), timestep=500.0, seed=0):
+    added = {"text_embeds": _noise(batch, 12, seed=seed + 2), "time_ids": torch.zeros(batch, 6)}
+    return _unet_inputs(model, batch, size, timestep, seed) | {"added_cond_kwargs": added}
+
+
+def _svd():
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    return UNetSpatioTemporalConditionModel(
+        sample_size=8, in_channels=8, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=24,
+        num_attention_heads=(2, 4), addition_time_embed_dim=8, projection_class_embeddings_input_dim=24,
+    )  # fmt: skip
+
+
+def _svd_inputs(model, batch=1, size=(3, 8, 8), timestep=500.0, seed=0):
+    frames, height, width = size
+    return {
+        "sample": _noise(batch, frames, 8, height, width, seed=seed),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": _noise(batch, 1, 24, seed=seed + 1),
+        "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]).repeat(batch, 1),
+    }
+
+
+def _animatediff():
+    from diffusers import UNetMotionModel
+
+    return UNetMotionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), cross_attention_dim=24,
+        num_attention_heads=2, norm_num_groups=4, motion_num_attention_heads=2, motion_max_seq_length=8,
+    )  # fmt: skip
+
+
+def _animatediff_inputs(model, batch=1, size=(3, 8, 8), timestep=500.0, seed=0):
+    return {
+        "sample": _noise(batch, 4, *size, seed=seed),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": _noise(batch, 6, 24, seed=seed + 1).repeat_interleave(size[0], 0),
+    }
+
+
+def _ddpm():
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def _ddpm_inputs(model, batch=1, size=(1, 8, 8), timestep=500.0, seed=0):
+    return {"sample": _noise(batch, 3, *size[1:], seed=seed), "timestep": torch.full((batch,), timestep)}
+
+
 def _llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -339,7 +412,7 @@ def _llama_inputs(model, batch=1, size=(1, 5, 8), timestep=500.0, seed=0):
     }
 
 
-IMAGES = ("flux", "sd3", "qwen-image", "pixart", "unet")
+IMAGES = ("flux", "sd3", "qwen-image", "pixart", "unet", "sdxl", "ddpm")
 TEXTS = ("llama",)
 
 TINY: dict[str, Tiny] = {
@@ -358,7 +431,11 @@ TINY: dict[str, Tiny] = {
     "qwen-image": Tiny(_qwen_image, _qwen_image_inputs, 2),
     "pixart": Tiny(_pixart, _pixart_inputs, 2),
     "unet": Tiny(_unet, _unet_inputs, 7),
-    "llama": Tiny(_llama, _llama_inputs, 2, projections=("q_proj", "k_proj")),
+    "sdxl": Tiny(_sdxl, _sdxl_inputs, 8),
+    "svd": Tiny(_svd, _svd_inputs, 4),
+    "animatediff": Tiny(_animatediff, _animatediff_inputs, 4),
+    "ddpm": Tiny(_ddpm, _ddpm_inputs, 0, bad={"class_labels": torch.zeros(1)}),
+    "llama": Tiny(_llama, _llama_inputs, 2, ("q_proj", "k_proj"), {"input_ids": torch.full((1, 40), 10**6)}),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import tiny
 import torch
@@ -192,13 +194,14 @@ def test_a_branch_runs_so_many_entries_and_stages(layout):
     inputs = inputs_of(name, model)
     down, up = entries(model)
     assert deepest_branch(model) == len(down) == len(up) - 1
-    everything = sum(down, []) + ["mid_block"] * (getattr(model, "mid_block", None) is not None) + sum(up, [])
+    mid = [] if getattr(model, "mid_block", None) is None else ["mid_block"]
+    everything = [*chain(*down), *mid, *chain(*up)]
     for branch in range(len(up)):
         views = UNetViews(model, branch)
         kept = {}
         assert executed(model, lambda: kept.update(inner=full(model, views, inputs)[1])) == everything  # noqa: B023
         ran = executed(model, lambda: partial(model, views, inputs, kept["inner"]))  # noqa: B023
-        assert ran == sum(down[:branch], []) + sum(up[-branch - 1 :], []), branch
+        assert ran == [*chain(*down[:branch]), *chain(*up[-branch - 1 :])], branch
 
 
 def test_branches_of_stable_diffusion_run_what_the_card_says():
@@ -227,7 +230,7 @@ def test_branches_of_stable_diffusion_run_what_the_card_says():
             views = UNetViews(model, branch)
             inner = full(model, views, inputs)[1]
             ran = executed(model, lambda: partial(model, views, inputs, inner))  # noqa: B023
-            assert ran == sum(down[: branch + 1], []) + sum(reversed(up[: branch + 1]), [])
+            assert ran == [*chain(*down[: branch + 1]), *chain(*reversed(up[: branch + 1]))]
 
 
 @torch.no_grad()
