@@ -1,7 +1,7 @@
 """Run every benchmark that suits this machine and store its JSON under ``benchmarks/results/``.
 
     python benchmarks/run_all.py            # what this machine can do: GPU shapes on a GPU, CPU shapes elsewhere
-    python benchmarks/run_all.py --quality  # and the quality curves of mini-wan with the oracles (slow on a CPU)
+    python benchmarks/run_all.py --quality  # and the quality curves of mini-wan and mini-sd (slow on a CPU)
 
 Then ``python benchmarks/tables.py`` writes ``docs/results.md`` from the JSON.
 """
@@ -41,10 +41,14 @@ def commands(gpu: bool, quality: bool) -> list[list[str]]:
     bench = ["-m", "hf_accel.cli", "bench", "attention", "--grid", *grid, "--heads", heads[0], "--head-dim", heads[1]]
     runs.append([*bench, "--json", f"attention_methods_{where}.json", "--picture", f"attention_methods_{where}.png"])
     runs.append(["break_even.py"])
+    if gpu:
+        runs.append(["deepcache_gpu.py", "--json", "deepcache_gpu.json"])
     if quality:
         pictures = str(HERE.parent / "docs" / "img" / "sparse-quality")
         runs.append(["sparse_quality.py", "--json", "sparse_quality.json", "--picture", pictures])
         runs.append(["svg2_quality.py", "--json", "svg2_quality.json", "--plot", "svg2_quality.png"])
+        caches = str(HERE.parent / "docs" / "img" / "deepcache.png")
+        runs.append(["deepcache.py", "--json", "deepcache.json", "--picture", caches])
     return runs
 
 

@@ -234,6 +234,69 @@ def attention_bench(data: dict[str, Any]) -> str:
     )
 
 
+def deepcache(data: dict[str, Any]) -> str:
+    """deepcache on mini-sd: intervals and branches, and plain sampling in equal time."""
+    plain = data["rows"][0]
+    rows = [
+        [
+            row["label"] + (f" (the time of {row['matches']})" if row["matches"] else ""),
+            str(row["full_steps"]),
+            "" if row is plain else f"{row['psnr_mean']:.2f}",
+            "" if row is plain else f"{row['psnr_worst']:.2f}",
+            "" if row is plain else f"{row['ssim_mean']:.4f}",
+            f"{row['accuracy']['all']:.3f}",
+            "" if row is plain else points(row, plain),
+            f"{row['mac_share']:.1%}",
+            f"{row['by_macs']:.2f}",
+            f"{row['whole_time_ratio']:.2f}",
+        ]
+        for row in data["rows"]
+    ]
+    head = ["sampling", "full steps", "PSNR mean, dB", "worst", "SSIM mean", "caption accuracy", "points", "MACs"]
+    head += ["by MACs x", "whole x"]
+    return (
+        f"{data['prompts']} prompts in batches of {data['batch']}, {data['steps']} steps of {data['scheduler']}, "
+        f"guidance {data['guidance']:g}, {data['dtype']}. I: interval, B: branch; non-uniform around step 15 with power "
+        "1.4, as the official code's list or by signed roots. PSNR and SSIM against plain pictures from the same noise; "
+        "caption accuracy is the share of what the prompts name that the judge finds (docs/zoo.md), points the "
+        "difference from plain in percent with the standard error over batches. MACs are of the U-Net, by MACs the "
+        "ratio that they alone would give; whole: time of the pipeline call, plain over this, median over batches. The "
+        "U-Net takes "
+        f"{data['unet_share_of_plain_time']:.0%} of the plain time. {machine(data['machine'])}\n\n{table(head, rows)}"
+        "\n\n![plain above intervals 3, 5 and 10](img/deepcache.png)"
+    )
+
+
+def points(row: dict[str, Any], plain: dict[str, Any]) -> str:
+    """Caption accuracy against plain in percent, with its standard error."""
+    gain = 100 * (row["accuracy"]["all"] - plain["accuracy"]["all"])
+    error = row["accuracy_gain_error"]
+    return f"{gain:+.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def deepcache_gpu(data: dict[str, Any]) -> str:
+    """Time of deepcache on full-sized architectures."""
+    rows = [
+        [
+            f"{r['architecture']}, {r['side']}²",
+            r["variant"],
+            f"{r['median_seconds']:.3f}",
+            f"{r['ratio_to_plain']:.2f}",
+            f"{r['ratio_to_best_dense']:.2f}",
+            f"{1 / r['mac_share']:.2f}",
+            f"{r['peak_bytes'] / 2**30:.2f}" if r["peak_bytes"] is not None else "",
+            f"{r['first_seconds']:.0f}",
+        ]
+        for r in data["records"]
+    ]
+    head = ["model", "variant", "seconds", "plain x", "best dense x", "by MACs x", "peak, GiB", "first call, s"]
+    first = data["records"][0]
+    return (
+        f"Random weights, so quality is not looked at; {first['dtype']}, {first['steps']} steps, one picture, "
+        f"guidance, decoding included, branch 0. {machine(data['machine'])}\n\n{table(head, rows)}"
+    )
+
+
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("svg2_quality.json", "Quality of svg2 on mini-wan", quality),
     ("sparse_quality.json", "Sparse attention methods on mini-wan", sparse_quality),
@@ -244,6 +307,8 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("attention_methods_cpu.json", "All attention methods at 8,192 tokens, on a CPU", attention_bench),
     ("attention_methods_gpu.json", "All attention methods on one shape, on a GPU", attention_bench),
     ("mini_wan_judge.json", "What mini-wan shows of its prompts", judge),
+    ("deepcache.json", "deepcache on mini-sd", deepcache),
+    ("deepcache_gpu.json", "deepcache on Stable Diffusion 1.5 and XL, on a GPU", deepcache_gpu),
     ("svg2_attention_cpu.json", "Attention time of svg2 on a CPU", svg2_attention),
     ("svg2_attention_gpu.json", "Attention time of svg2 on a GPU", svg2_attention),
     ("variable_block_attention_cpu.json", "Kernel variable_block_attention on a CPU", attention_kernel),
