@@ -30,8 +30,9 @@ class Clock:
     """Counts steps and generations from what forwards bring.
 
     A generation begins at the first forward; after :meth:`finish` (the pipeline call ended); when the scheduler got
-    another schedule; when the timestep rises; when the shape of the latents changes; when a first step repeats and the
-    prompt of the earlier one no longer exists (that call was abandoned); and after a forward that raised.
+    another schedule; when the timestep rises, or comes from another pipeline's schedule; when the shape of the latents
+    changes; when a first step repeats and the prompt of the earlier one no longer exists (that call was abandoned); and
+    after a forward that raised.
     """
 
     def __init__(self, pipeline: weakref.ref | None = None):
@@ -103,6 +104,8 @@ class Clock:
                 fresh = index < previous.index
             elif moved_by is not None:
                 fresh = moved_by < 0
+            elif (position is None) != (self._position is None):
+                fresh = True  # another pipeline that shares the model and has a scheduler of its own
             elif timestep is not None:
                 fresh = timestep > previous.timestep
             # A call abandoned in its first step leaves a clock that looks like the start of the next one; only its
