@@ -256,9 +256,9 @@ def deepcache(data: dict[str, Any]) -> str:
     head += ["by MACs x", "whole x"]
     return (
         f"{data['prompts']} prompts in batches of {data['batch']}, {data['steps']} steps of {data['scheduler']}, "
-        f"guidance {data['guidance']:g}, {data['dtype']}. I: interval, B: branch; non-uniform around step 15 with power "
-        "1.4, as the official code's list or by signed roots. PSNR and SSIM against plain pictures from the same noise; "
-        "caption accuracy is the share of what the prompts name that the judge finds (docs/zoo.md), points the "
+        f"guidance {data['guidance']:g}, {data['dtype']}. I: interval, B: branch; non-uniform around step 15 with "
+        "power 1.4, as the official code's list or by signed roots. PSNR and SSIM against plain pictures from the same "
+        "noise; caption accuracy is the share of what the prompts name that the judge finds (docs/zoo.md), points the "
         "difference from plain in percent with the standard error over batches. MACs are of the U-Net, by MACs the "
         "ratio that they alone would give; whole: time of the pipeline call, plain over this, median over batches. The "
         "U-Net takes "
