@@ -137,8 +137,9 @@ class StepCacheContext:
 
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_views"})
-        twin._views = twin._seam_layers = None  # views are shells around the original's modules
+        left_out = ("_views", "_seam_layers", "_kept")  # views are shells around the original's modules
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in left_out})
+        twin._views, twin._seam_layers, twin._kept = None, None, {}
         return twin
 
     def finish(self) -> None:
@@ -189,7 +190,11 @@ class StepCacheContext:
                 raise RuntimeError("the full view of a U-Net ran without passing its tap")
             kept = self._kept.get(step.branch)
             # Equal shapes of all arguments make equal inner states, and one address for the partial graph.
-            buffer = kept.buffer if kept is not None and kept.shape == shape else torch.empty_like(inner)
+            if kept is not None and kept.shape == shape:
+                buffer = kept.buffer
+            else:
+                with torch.inference_mode(False):  # or it could not be written to outside of that mode
+                    buffer = torch.empty_like(inner)
             self._kept[step.branch] = Kept(step, shape, buffer.copy_(inner))
         self.run.record(step.index, forward.reason, shape, self.kept_bytes)
 

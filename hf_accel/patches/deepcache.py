@@ -98,9 +98,11 @@ class DeepCache(StepCacheMethod):
         self.branch = config.cache_branch_id
         self.reads_timestep = config.max_timestep_gap is not None
         self._full: frozenset[int] | None = None
+        self._origin = 0  # the step that is step 0 of the uniform schedule
 
     def begin(self, step: Step) -> None:
         config = self.config
+        self._origin = 0
         if config.cache_interval == 1:
             return
         if step.count is not None and step.count < FEW_STEPS:
@@ -123,6 +125,7 @@ class DeepCache(StepCacheMethod):
         config = self.config
         start, end = (self._at(name, step) for name in ("start_step", "end_step"))
         if step.index < start:
+            self._origin = step.index  # noted, since where steps are not counted ``start`` is known only when it comes
             return "before start_step"
         if step.index >= end:
             return "from end_step on"
@@ -130,7 +133,7 @@ class DeepCache(StepCacheMethod):
             return "the timestep fell by more than max_timestep_gap"
         if self._full is not None and config.skip_mode == "non_uniform":
             return "schedule" if step.index in self._full else None
-        return "schedule" if (step.index - max(start - 1, 0)) % config.cache_interval == 0 else None
+        return "schedule" if (step.index - self._origin) % config.cache_interval == 0 else None
 
     def _at(self, name: str, step: Step) -> float:
         """A setting that is a step or a share of the steps, as a step; beyond all steps where only shares are known."""

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 
 from hf_accel.hosts.clock import Announcement, Clock, read_timestep
 
 SHAPE = (1, 4, 3, 8, 8)
+
+
+class Scheduled:
+    """A pipeline, as far as the clock looks at it."""
+
+    def __init__(self, timesteps=None, scheduler=None):
+        self.scheduler = scheduler if scheduler is not None else SimpleNamespace(timesteps=timesteps)
 
 
 def drive(clock: Clock, timesteps, branches=1, names=(), prompts=()):
@@ -120,3 +129,132 @@ def test_progress_without_a_count_follows_the_timestep():
 @pytest.mark.parametrize("value", [500, torch.tensor(500), torch.tensor([500.0, 500.0]), torch.tensor([[0.0, 500.0]])])
 def test_timesteps_of_every_form(value):
     assert read_timestep(value) == 500.0
+
+
+# -- places in the scheduler's own tensor ---------------------------------------------------------------------------
+
+
+def place(timesteps, timestep):
+    pipeline = Scheduled(timesteps)
+    return Clock(weakref.ref(pipeline)).position_of(timestep)
+
+
+def test_views_of_the_schedule_have_a_place():
+    schedule = torch.tensor([900, 600, 600, 300])
+    for index, timestep in enumerate(schedule):
+        assert place(schedule, timestep) == index
+        assert place(schedule, timestep[None]) == index
+        assert place(schedule, timestep.expand(4)) == index
+        assert place(schedule, timestep.view(1, 1).expand(2, 3)) == index
+        assert place(schedule, schedule[index : index + 1]) == index
+        assert place(schedule, timestep.detach()) == index
+    assert place(schedule, schedule[::2][1]) == 2
+    assert place(schedule, schedule.flip(0)[0]) is None  # a copy
+
+
+def test_a_schedule_that_is_itself_a_view():
+    base = torch.arange(1000.0, 0.0, -100.0)
+    for start, step in ((0, 2), (3, 1), (1, 3)):
+        schedule = base[start::step]
+        for index, timestep in enumerate(schedule):
+            assert place(schedule, timestep) == index
+    assert place(base[::2], base[1]) is None  # between two entries
+    assert place(base[3:], base[2]) is None  # in front of it
+    assert place(base[:3], base[3]) is None  # behind it
+
+
+@pytest.mark.parametrize(
+    "timestep",
+    [
+        600,
+        600.0,
+        None,
+        torch.tensor(600),
+        torch.tensor([600, 600]),
+        torch.empty(0, dtype=torch.long),
+    ],
+)
+def test_what_is_no_view_of_the_schedule_has_no_place(timestep):
+    assert place(torch.tensor([900, 600, 300]), timestep) is None
+
+
+def test_copies_and_several_entries_have_no_place():
+    schedule = torch.tensor([900, 600, 300])
+    for timestep in (
+        schedule[1].clone(),
+        schedule[1].float(),
+        schedule[1].repeat(2),
+        schedule[:2],
+        schedule[0].to("meta"),
+    ):
+        assert place(schedule, timestep) is None
+
+
+def test_without_a_schedule_nothing_has_a_place():
+    timestep = torch.tensor([900])[0]
+    assert Clock().position_of(timestep) is None
+    for timesteps in (None, [900], torch.tensor(900), torch.empty(0), torch.ones(2, 2)):
+        assert place(timesteps, timestep) is None
+    pipeline = Scheduled(torch.tensor([900]))
+    clock = Clock(weakref.ref(pipeline))
+    timestep = pipeline.scheduler.timesteps[0]
+    assert clock.position_of(timestep) == 0
+    del pipeline
+    assert clock.position_of(timestep) is None
+
+
+def go_through(clock, scheduler, steps, branches=1):
+    scheduler.set_timesteps(steps)
+    seen = []
+    for timestep in scheduler.timesteps:
+        for _ in range(branches):
+            step = clock.tick(None, SHAPE, None, clock.position_of(timestep))
+            seen.append((step.index, step.branch, step.generation, step.count))
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # schedulers of diffusers, with numpy 2
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_every_entry_is_a_step_also_where_timesteps_repeat(name, branches):
+    scheduler = getattr(diffusers, name)()
+    pipeline = Scheduled(scheduler=scheduler)
+    clock = Clock(weakref.ref(pipeline))
+    for generation, steps in enumerate((5, 8, 8)):
+        seen = go_through(clock, scheduler, steps, branches)
+        count = len(scheduler.timesteps)
+        assert seen == [(i, f"call{b}", generation, count) for i in range(count) for b in range(branches)]
+        if name in ("PNDMScheduler", "HeunDiscreteScheduler"):
+            assert len(set(scheduler.timesteps.tolist())) < count
+
+
+def test_a_schedule_set_anew_begins_a_generation_whatever_the_timestep():
+    scheduler = diffusers.DDIMScheduler()
+    pipeline = Scheduled(scheduler=scheduler)
+    clock = Clock(weakref.ref(pipeline))
+    scheduler.set_timesteps(4)
+    first = clock.tick(None, SHAPE, None, clock.position_of(scheduler.timesteps[0]))
+    scheduler.set_timesteps(4)
+    again = clock.tick(None, SHAPE, None, clock.position_of(scheduler.timesteps[1]))
+    assert (first.generation, again.generation, again.index) == (0, 1, 0)
+    assert again.branch == "call0"
+
+
+def test_a_run_that_begins_inside_of_the_schedule_counts_from_there():
+    """Image to image at strength 0.5, and refiners, pass a part of the schedule."""
+    scheduler = diffusers.DDIMScheduler()
+    pipeline = Scheduled(scheduler=scheduler)
+    clock = Clock(weakref.ref(pipeline))
+    scheduler.set_timesteps(6)
+    positions = [clock.position_of(timestep) for timestep in scheduler.timesteps[3:]]
+    assert positions == [3, 4, 5]
+    assert [clock.tick(None, SHAPE, None, p).index for p in positions] == [0, 1, 2]
+    earlier = clock.tick(None, SHAPE, None, 2)
+    assert (earlier.generation, earlier.index) == (1, 0)
+
+
+def test_a_skipped_entry_is_a_skipped_step():
+    schedule = torch.tensor([900, 600, 300])
+    pipeline = Scheduled(schedule)
+    clock = Clock(weakref.ref(pipeline))
+    assert [clock.tick(None, SHAPE, None, clock.position_of(schedule[i])).index for i in (0, 2)] == [0, 2]
