@@ -247,7 +247,7 @@ def _shell(module: nn.Module, hooks: str = "", **children: nn.Module) -> nn.Modu
     return twin
 
 
-def _witnesses(unet: nn.Module, cut: list[nn.Module]) -> Iterator[Any]:
+def _witnesses(unet: Any, cut: list[Any]) -> Iterator[Any]:
     """Everything that a shell copied, by identity."""
     yield from unet._modules.values()
     yield from (*unet.down_blocks, *unet.up_blocks)
