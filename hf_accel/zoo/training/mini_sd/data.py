@@ -23,7 +23,7 @@ BACK_RGB = (
 RADIUS = ((8.0, 9.0), (12.5, 14.0))  # pixels, small and large
 STRIDE = 4  # pixels to a latent
 STRIPE = 8.0  # pixels from one dark stripe to the next
-TOWARDS = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))  # x, y of grammar.RELATIONS; y grows downward
+TOWARDS = ((-1.0, 0.0), (0.0, -1.0))  # x, y of grammar.RELATIONS; y grows downward
 
 
 def render(scenes: Scenes, generator: torch.Generator, free: bool = False) -> Tensor:

@@ -145,12 +145,12 @@ def read(pictures: Tensor, model: Classifier | None = None) -> list[dict[str, An
     return found
 
 
-def relation(first: tuple[float, float], second: tuple[float, float]) -> str:
-    """The word for how a shape at `first` stands to one at `second`; y grows downward."""
-    dx, dy = second[0] - first[0], second[1] - first[1]
-    if abs(dx) > abs(dy):
-        return "left of" if dx > 0 else "right of"
-    return "above" if dy > 0 else "below"
+def relation(first: tuple[float, float], second: tuple[float, float]) -> str | None:
+    """The word for how a shape at `first` stands to one at `second`, None if it is right of it or below."""
+    dx, dy = second[0] - first[0], second[1] - first[1]  # y grows downward
+    if max(-dx, -dy) >= max(dx, dy):
+        return None
+    return "left of" if dx > dy else "above"
 
 
 def agreement(claims: dict, seen: dict) -> dict[str, list[float]]:

@@ -184,18 +184,21 @@ class Bank:
         vae = parts.build_vae().requires_grad_(False)
         vae.load_state_dict(load_file(args.out / "vae.safetensors"))
         generator, start = torch.Generator().manual_seed(2 + args.seed), time.monotonic()
-        self.scenes = grammar.sample(args.bank, generator, grammar.heldout_pairs())
         file = args.out / f"bank-{args.bank}-{args.seed}.safetensors"
         if file.exists():
-            self.latents = load_file(file)["latents"]
+            saved = load_file(file)
+            self.latents = saved.pop("latents")
+            self.scenes = grammar.Scenes(**{name.removeprefix("scenes."): value for name, value in saved.items()})
             return
+        self.scenes = grammar.sample(args.bank, generator, grammar.heldout_pairs())
         chunks = []
         for first in range(0, args.bank, 256):
             pictures = data.render(self.scenes[first : first + 256], generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=args.half):
                 chunks.append(encode(vae, pictures).half())
         self.latents = torch.cat(chunks).contiguous()
-        save_file({"latents": self.latents}, file)
+        scenes = {f"scenes.{name}": value.contiguous() for name, value in vars(self.scenes).items()}
+        save_file({"latents": self.latents, **scenes}, file)
         print(
             f"{args.bank} pictures {time.monotonic() - start:.0f}s, latents {self.latents.float().std():.3f}",
             flush=True,
@@ -227,7 +230,7 @@ def train_unet(args: argparse.Namespace) -> None:
         betas=(0.9, 0.99),
         fused=True,
     )
-    average = Average(model, 0.999)
+    average = Average(model, 0.998)
     bank = Bank(args)
     phase = Phase(args, "unet", {"model": model, "optimizer": optimizer, "average": average})
     generator = torch.Generator().manual_seed(3 + phase.step)
