@@ -30,7 +30,7 @@ def render(scenes: Scenes, generator: torch.Generator, free: bool = False) -> Te
     """Pictures `[N, 3, 64, 64]` float32 in -1..1. `generator` draws what captions do not tell: places.
 
     Places are multiples of 4 pixels, the stride of the latents, so that a form of a size is one pattern of latents
-    wherever it stands; with that a U-Net this small can draw it. `free` is for what shall know more than the U-Net
+    wherever it stands, which is easier to learn to draw. `free` is for what shall know more than the U-Net
     draws, autoencoder and judge: any place, sizes that vary, and a tilt.
     """
     return render_with_places(scenes, generator, free)[0]

@@ -7,7 +7,8 @@ shapes stand side by side or one above the other. ::
 
 Colour and form of a shape and the relation are always told; size, texture and background go unsaid sometimes. There is
 no "right of" and no "below": with them, neither the order of two shapes in a caption nor the word alone tells which
-stands where, and a model this small learns to ignore both.
+stands where, and 7,000 batches of such captions had taught the U-Net neither. Whether their absence helps is open: the
+1,400 batches without them did not suffice either.
 """
 
 from __future__ import annotations
