@@ -35,6 +35,9 @@ class ForwardShape:
     leaves: tuple[Any, ...]
     structure: pytree.TreeSpec = field(hash=False)
 
+    def __deepcopy__(self, memo: dict) -> ForwardShape:
+        return self  # values only; torch warns users when its TreeSpec is copied
+
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> ForwardShape:
         """Of the arguments by name. The timestep's value is no part of it; other numbers are not either."""
