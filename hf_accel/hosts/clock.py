@@ -175,6 +175,10 @@ class Clock:
         if count is None:
             timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
             count = len(timesteps) if timesteps is not None else None
+        schedule = self._schedule_now()
+        if count and schedule is not None and self._position is not None:
+            # The pipeline's own count may be that of an earlier call: another pipeline can share model and scheduler.
+            count = min(count, len(schedule) - self._first_position)
         return int(count) if count else None
 
 
