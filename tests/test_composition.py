@@ -258,12 +258,13 @@ def test_an_exception_leaves_nothing_behind(cache, method):
     model.enable_cache(cache_config(cache))
     wanted = generate(model, "wan", seed=1)
     inputs = tiny.TINY["wan"].inputs(model, timestep=900.0)
+    outside = active_context()  # tests of compiled models before this one leave theirs, which nobody asks for
     with hf_accel.apply(model, method, **full_budget(method)) as applied:
         with model.cache_context("cond"):
             model(**inputs)
         with pytest.raises(RuntimeError), model.cache_context("cond"):
             model(**inputs | {"encoder_hidden_states": torch.zeros(1, 2, 1)})
-        assert active_context() is None
+        assert active_context() is outside
         end_of_call(model)  # a pipeline's call that raised does not do that; the cache of diffusers needs it
         assert close(generate(model, "wan", seed=1), wanted)
         assert applied.report().entries[0].run.generations == 2
