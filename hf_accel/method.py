@@ -29,7 +29,7 @@ from hf_accel.hosts.unet_views import deepest_branch
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 
-Site = Literal["attention", "step cache", "kv cache", "linear", "sampler", "adapter", "training"]
+Site = Literal["attention", "embedding", "step cache", "kv cache", "linear", "sampler", "adapter", "training"]
 Need = Literal["token grid", "step", "branch", "text span", "prefix cache", "trained weights"]
 
 # Order of installation: what lies deeper in the network first, so that outer sites wrap finished inner ones.
@@ -37,6 +37,7 @@ SITE_ORDER: tuple[Site, ...] = (
     "linear",
     "adapter",
     "attention",
+    "embedding",
     "kv cache",
     "step cache",
     "sampler",
@@ -44,7 +45,7 @@ SITE_ORDER: tuple[Site, ...] = (
 )
 
 # Sites where two methods would compute the same thing twice: one owner per model.
-EXCLUSIVE_SITES: frozenset[Site] = frozenset({"attention", "step cache", "kv cache", "sampler"})
+EXCLUSIVE_SITES: frozenset[Site] = frozenset({"attention", "embedding", "step cache", "kv cache", "sampler"})
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def _register(implementation: str) -> Callable[[], None]:
     return remove
 
 
-def _native(implementation: str, module: torch.nn.Module) -> Callable:
+def native_function(implementation: str, module: torch.nn.Module) -> Callable:
     """The attention function that ``module`` would have called."""
     if implementation == "eager":  # each modeling file has its own
         return sys.modules[type(module).__module__].eager_attention_forward
@@ -231,7 +231,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An attention function of transformers: ``[B, H, S, D]`` in, ``[B, S, H, D]`` and no weights out."""
-    native = _native(implementation, module)
+    native = native_function(implementation, module)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     causal = attention_mask is None and query.shape[2] > 1 and kwargs.get("is_causal") is not False
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
