@@ -297,6 +297,66 @@ def deepcache_gpu(data: dict[str, Any]) -> str:
     )
 
 
+def deepcache_macs(data: dict[str, Any]) -> str:
+    """What a partial step computes."""
+    rows = [
+        [
+            r["architecture"],
+            str(r["branch"]),
+            f"{100 * r['partial_share']:.1f} %",
+            f"{r['ratio_at_interval']['3']:.2f}",
+            f"{r['ratio_at_interval']['5']:.2f}",
+        ]
+        for r in data["records"]
+    ]
+    head = ["architecture", "branch", "MACs of a partial step", "ratio at interval 3", "at 5"]
+    return (
+        "Counted with torch's own counter on the architecture (attention products included), with guidance. Where time "
+        f"follows the multiply-accumulates these ratios bound what caching gives.\n\n{table(head, rows)}"
+    )
+
+
+def deepcache_peer(data: dict[str, Any]) -> str:
+    """deepcache and the authors' package."""
+    package = next(name for name in data["records"][0]["held_bytes"] if name not in ("plain", "hf_accel"))
+    rows = [
+        [
+            str(r["interval"]),
+            str(r["branch"]),
+            f"{r['plain_by']['hf_accel']:.2f}",
+            f"{r['plain_by'][package]:.2f}",
+            f"{r['package_by_ours']:.3f}",
+            f"{r['held_bytes']['hf_accel'] / 1024:.0f}",
+            f"{r['held_bytes'][package] / 1024:.0f}",
+            f"{r['max_difference']:.1e}",
+        ]
+        for r in data["records"]
+    ]
+    head = ["interval", "branch", "ours x", f"{package} x", "package / ours", "held, KiB", "package, KiB", "difference"]
+    return (
+        "mini-sd in turn with the authors' package, ratios to plain sampling, median of the rounds. "
+        f"{machine(data['machine'])}\n\n{table(head, rows)}"
+    )
+
+
+def mini_sd_judge(data: dict[str, Any]) -> str:
+    """What mini-sd's pictures show of their prompts."""
+    kinds = [(key, words) for key, words in JUDGED if key in data]
+    readings = list(data[kinds[0][0]])
+    rows = [[words, *(f"{data[key][name]:.3f}" for name in readings)] for key, words in kinds]
+    return "Share of what the prompts name that `judge.py` finds in the pictures (docs/zoo.md says how).\n\n" + table(
+        ["pictures", *readings], rows
+    )
+
+
+JUDGED = [
+    ("rendered", "rendered"),
+    ("rendered_through_vae", "rendered, through the VAE and back"),
+    ("heldout", "mini-sd, held-out prompts"),
+    ("heldout_floor", "the same pictures against others' prompts"),
+    ("fresh", "mini-sd, fresh prompts"),
+]
+
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("svg2_quality.json", "Quality of svg2 on mini-wan", quality),
     ("sparse_quality.json", "Sparse attention methods on mini-wan", sparse_quality),
@@ -308,6 +368,9 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("attention_methods_gpu.json", "All attention methods on one shape, on a GPU", attention_bench),
     ("mini_wan_judge.json", "What mini-wan shows of its prompts", judge),
     ("deepcache.json", "deepcache on mini-sd", deepcache),
+    ("deepcache_peer.json", "deepcache beside the authors' package", deepcache_peer),
+    ("deepcache_macs.json", "MACs of deepcache on Stable Diffusion 1.5 and XL", deepcache_macs),
+    ("mini_sd_judge.json", "What mini-sd shows of its prompts", mini_sd_judge),
     ("deepcache_gpu.json", "deepcache on Stable Diffusion 1.5 and XL, on a GPU", deepcache_gpu),
     ("svg2_attention_cpu.json", "Attention time of svg2 on a CPU", svg2_attention),
     ("svg2_attention_gpu.json", "Attention time of svg2 on a GPU", svg2_attention),

@@ -33,8 +33,8 @@ class BlockAttentionConfig(Settings):
 class BlockAttentionMethod(Method):
     """A method that computes the attention of an active block to its frozen prefix and to itself: :meth:`attend`.
 
-    ``min_prefix`` and ``dense_layers`` in its settings are honoured before :meth:`attend` is asked; what they exclude is
-    attended exactly, in two parts.
+    ``min_prefix`` and ``dense_layers`` in its settings are honoured before :meth:`attend` is asked; what they exclude
+    is attended exactly, in two parts.
 
     Attributes:
         traceable: it keeps no state, so that ``torch.compile`` may trace it into the model's graph.

@@ -6,7 +6,6 @@ ledger that speaks of the copy, and the copy can be reverted on its own.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,7 +39,7 @@ class Change(Protocol):
     def undo(self) -> None: ...
 
 
-def _own(target: Any, name: str) -> Any:
+def own_attribute(target: Any, name: str) -> Any:
     """The instance's own attribute, never the class's; MISSING if it has none."""
     if isinstance(target, torch.nn.Module):
         for store in ("_parameters", "_buffers", "_modules"):
@@ -49,7 +48,7 @@ def _own(target: Any, name: str) -> Any:
     return target.__dict__.get(name, MISSING)
 
 
-def _describe(target: Any, name: str) -> str:
+def describe_attribute(target: Any, name: str) -> str:
     return f"{type(target).__name__}.{name}"
 
 
@@ -66,50 +65,17 @@ class AttributeChange:
         return self.target is target and self.name == name
 
     def blocked(self) -> str | None:
-        current = _own(self.target, self.name)
+        current = own_attribute(self.target, self.name)
         if current is self.new:
             return None
         found = "removed" if current is MISSING else f"replaced by a {type(current).__name__}"
-        return f"{_describe(self.target, self.name)} was {found} after hf_accel set it"
+        return f"{describe_attribute(self.target, self.name)} was {found} after hf_accel set it"
 
     def undo(self) -> None:
         if self.old is MISSING:
             delattr(self.target, self.name)
         else:
             setattr(self.target, self.name, self.old)
-
-
-@dataclass
-class ForwardChange:
-    """``module.forward`` was overridden on the instance.
-
-    accelerate's hooks (offloading) move whatever forward they find to ``_old_forward`` and back, and leave a bound
-    method behind; the override stands in either place, and is looked for in both.
-    """
-
-    module: torch.nn.Module
-    old: Any
-    new: Any
-
-    def _place(self) -> str | None:
-        return next((name for name in ("forward", "_old_forward") if _own(self.module, name) is self.new), None)
-
-    def blocked(self) -> str | None:
-        if self._place() is not None:
-            return None
-        found = _own(self.module, "forward")
-        what = "removed" if found is MISSING else f"replaced by a {type(found).__name__}"
-        return f"{_describe(self.module, 'forward')} was {what} after hf_accel set it"
-
-    def undo(self) -> None:
-        place = self._place()
-        if place == "_old_forward":  # the hook around it calls this name
-            old = self.old if self.old is not MISSING else types.MethodType(type(self.module).forward, self.module)
-            self.module.__dict__[place] = old
-        elif self.old is MISSING:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self.old
 
 
 @dataclass
@@ -161,17 +127,14 @@ class Ledger:
     def set(self, target: Any, name: str, value: Any) -> None:
         """``setattr(target, name, value)`` on this instance only, written down."""
         earlier = next((c for c in self.changes if isinstance(c, AttributeChange) and c.is_of(target, name)), None)
-        change = earlier or AttributeChange(target, name, _own(target, name), value)
+        change = earlier or AttributeChange(target, name, own_attribute(target, name), value)
         setattr(target, name, value)
         change.new = value
         if earlier is None:
             self.changes.append(change)
 
-    def override_forward(self, module: torch.nn.Module, forward: types.MethodType) -> None:
-        """Run ``forward`` in place of the module's own, inside hooks that accelerate has put around that."""
-        place = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-        change = ForwardChange(module, _own(module, place), forward)
-        module.__dict__[place] = forward
+    def record(self, change: Change) -> None:
+        """Write down a change that was just made."""
         self.changes.append(change)
 
     def submodule(self, parent: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
@@ -182,7 +145,8 @@ class Ledger:
         """
         if hasattr(parent, name):
             found, ours = type(getattr(parent, name)).__name__, type(module).__name__
-            raise Conflict(f"{_describe(parent, name)} exists already, a {found}; a {ours} belongs there. Take it off.")
+            place = describe_attribute(parent, name)
+            raise Conflict(f"{place} exists already, a {found}; a {ours} belongs there. Take it off.")
         self.set(parent, name, module)
 
     def pre_hook(self, module: torch.nn.Module, hook: Any) -> None:

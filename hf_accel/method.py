@@ -17,7 +17,7 @@ from hf_accel.attention.call import AttentionCall, Step
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config as Settings
 from hf_accel.config import setting
-from hf_accel.errors import InvalidSetting, UnsupportedByKernel
+from hf_accel.errors import UnsupportedByKernel
 from hf_accel.hosts import attention as attention_host
 from hf_accel.hosts import step_cache as step_cache_host
 from hf_accel.hosts.clock import Clock
@@ -25,7 +25,6 @@ from hf_accel.hosts.denoisers import HOSTS_OF, Host, Medium, describe, host_of
 from hf_accel.hosts.foreign import Foreign
 from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model
-from hf_accel.hosts.unet_views import deepest_branch
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 
@@ -278,9 +277,6 @@ class StepCacheMethod(Method):
         return step_cache_host.why_not(model.module)
 
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
-        deepest = deepest_branch(model.module)
-        if self.branch > deepest:
-            raise InvalidSetting(self.name, "cache_branch_id", self.branch, f"in 0..{deepest} for {model.class_name}")
         return step_cache_host.install(model, self, ledger, report, clock)
 
 

@@ -295,8 +295,8 @@ class BlockStatistics:
         """What ran, for the printed report."""
         phases = ", ".join(f"{n} {phase}" for phase, n in self.forwards.most_common())
         lines = [
-            f"  ran       {sum(self.forwards.values())} forwards ({phases or 'none'}) in {self.generations} generations, "
-            f"{self.blocks} blocks; {self.calls} attention calls by {method}"
+            f"  ran       {self.forwards.total()} forwards ({phases or 'none'}) in {self.generations} generations "
+            f"and {self.blocks} blocks; {self.calls} attention calls by {method}"
         ]
         density, later = self.mean("density"), self.mean("later_density")
         if density is not None:

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 import hf_accel
 from hf_accel.errors import Conflict, InvalidSetting, NotApplicable
-from hf_accel.patches.deepcache import non_uniform_steps, uniform_steps
+from hf_accel.patches.deepcache import non_uniform_steps
 
 
 class Denoising(DiffusionPipeline):
@@ -71,12 +71,6 @@ def test_lists_of_the_official_code(count, k, center, power, signed, expected):
     assert non_uniform_steps(count, -(-count // k), center, power, signed) == expected
 
 
-def test_uniform_lists():
-    assert uniform_steps(10, 3) == [0, 3, 6, 9]
-    assert uniform_steps(7, 1) == list(range(7))
-    assert uniform_steps(3, 10) == [0]
-
-
 @pytest.mark.parametrize("signed", [False, True])
 def test_every_non_uniform_list_is_a_schedule(signed):
     refused = made = 0
@@ -128,7 +122,7 @@ def test_full_steps_are_those_of_the_schedule(pipe):
     assert full_steps(pipe, 12, cache_interval=20) == [0]
     assert full_steps(pipe, 10, cache_interval=1) == list(range(10))
     wanted = non_uniform_steps(20, 4, 8, 1.4)
-    assert wanted != uniform_steps(20, 4)
+    assert wanted != list(range(0, 20, 4))
     assert full_steps(pipe, 20, cache_interval=4, skip_mode="non_uniform", center=8) == wanted
     signed = non_uniform_steps(20, 4, 8, 1.4, signed=True)
     assert signed != wanted

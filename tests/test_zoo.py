@@ -18,6 +18,7 @@ from hf_accel import zoo
 from hf_accel.errors import InvalidSetting
 from hf_accel.zoo.training.mini_wan import assemble, data, grammar, judge
 from hf_accel.zoo.training.mini_wan import model as parts
+from hf_accel.zoo.training.write import write_pipeline
 
 LIMIT = 10_000_000  # bytes of a shipped folder
 
@@ -181,7 +182,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     for name, module in {"model": model, "vae": vae}.items():
         tensors = {key: value.detach().half().contiguous() for key, value in module.state_dict().items()}
         save_file(tensors, checkpoint / f"{name}.safetensors")
-    assemble.write(assemble.assemble(checkpoint, parts.FULL), folder)
+    write_pipeline(assemble.assemble(checkpoint, parts.FULL), folder)
     return {"untrained": folder, "mini-wan": zoo.path("mini-wan")}
 
 

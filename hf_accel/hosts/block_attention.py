@@ -1,7 +1,7 @@
 """The attention seam of block-diffusion models: the active block against a frozen prefix, without joining the two.
 
-These models copy their whole cache at every layer of every denoising step: they concatenate the prefix K/V with those of
-the block. Here the forward of each patched attention hands both parts to a :class:`BlockCore` as they lie. Prefill,
+These models copy their whole cache at every layer of every denoising step: they concatenate the prefix K/V with those
+of the block. Here the forward of each patched attention hands both parts to a :class:`BlockCore` as they lie. Prefill,
 commit and uncached forwards run the model's own code.
 
 Two ways in, found by structure:
@@ -45,6 +45,7 @@ from hf_accel.hosts.block_context import (
     mask_token_of,
     sdar_attentions,
 )
+from hf_accel.hosts.forward_override import override_forward
 from hf_accel.hosts.language import NATIVE, native_function
 from hf_accel.hosts.registration import SharedRegistration
 from hf_accel.hosts.target import Model
@@ -170,19 +171,19 @@ def install(model: Model, core: BlockCore, ledger: Ledger, report: MethodReport)
     Raises:
         NothingPatched: the model has no such attention.
     """
-    module = model.module
+    module: Any = model.module
     reason = why_not(module)
     if reason is not None:
         raise NothingPatched(f"{model.class_name}: {reason}.")
     family = family_of(module)
     gemma = family is DIFFUSION_GEMMA
-    found = _decoder_attentions(module) if gemma else sdar_attentions(module)
+    found: list[tuple[str, Any]] = _decoder_attentions(module) if gemma else sdar_attentions(module)
     run = BlockStatistics()
     report.run = run
     context = BlockContext(family, mask_token_of(module))  # type: ignore[arg-type]
     seam = BlockSeam(context, core, [name for name, _ in found], run)
     if gemma:
-        implementation: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]
+        implementation: str = module.config._attn_implementation
         ledger.hold(SharedRegistration(PREFIX + implementation, functools.partial(_register, implementation)))
     for index, (name, attention) in enumerate(found):
         ledger.set(attention, _SEAT, Seat(seam, index))
@@ -191,7 +192,7 @@ def install(model: Model, core: BlockCore, ledger: Ledger, report: MethodReport)
             config._attn_implementation_internal = PREFIX + implementation
             ledger.set(attention, "config", config)
         make = _forward_without_cache if gemma else _forward_split
-        ledger.override_forward(attention, types.MethodType(make(type(attention)), attention))
+        override_forward(ledger, attention, types.MethodType(make(type(attention)), attention))
         report.patched.append(Patched(model.name, name, f"attention of denoising steps ({family.name})"))  # type: ignore[union-attr]
     ledger.pre_hook(module, BlockSeamHook(seam))
     ledger.post_hook(module, BlockEndHook(context))

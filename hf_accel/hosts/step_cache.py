@@ -25,6 +25,7 @@ from hf_accel.attention.call import Step
 from hf_accel.hosts import unet_views
 from hf_accel.hosts.call_end import CallEnd
 from hf_accel.hosts.clock import Clock, read_timestep
+from hf_accel.hosts.forward_override import override_forward
 from hf_accel.hosts.seam import context_of
 from hf_accel.hosts.target import Model, kind
 from hf_accel.hosts.unet_macs import ForwardShape, MacShares
@@ -91,7 +92,7 @@ def install(model: Model, core: StepCacheCore, ledger: Ledger, report: MethodRep
     run.macs = MacShares(module, core.branch)
     report.run = run
     ledger.set(module, _ATTRIBUTE, context)
-    ledger.override_forward(module, types.MethodType(_forward_of(module.__class__), module))
+    override_forward(ledger, module, types.MethodType(_forward_of(module.__class__), module))
     ledger.hold(CallEnd(module, context))
     deepest = unet_views.deepest_branch(module)
     report.patched.append(Patched(model.name, "", f"U-Net cut at branch {core.branch} of 0..{deepest}"))

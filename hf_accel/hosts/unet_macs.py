@@ -31,9 +31,8 @@ class _TensorShape:
 class ForwardShape:
     """Shapes, dtypes and devices of a forward's arguments, and which are given: equal for calls of one graph."""
 
-    names: tuple[str, ...]
     leaves: tuple[Any, ...]
-    structure: pytree.TreeSpec = field(hash=False)
+    structure: pytree.TreeSpec = field(hash=False)  # with the names
 
     def __deepcopy__(self, memo: dict) -> ForwardShape:
         return self  # values only; torch warns users when its TreeSpec is copied
@@ -46,7 +45,7 @@ class ForwardShape:
         kinds = tuple(
             _TensorShape(tuple(x.shape), x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in leaves
         )
-        return cls(tuple(given), kinds, structure)
+        return cls(kinds, structure)
 
     def on_meta(self) -> dict[str, Any]:
         """The arguments again, tensors empty on the meta device, anything else left out."""

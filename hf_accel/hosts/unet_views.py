@@ -49,7 +49,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def _skips(unet: Any) -> int:
-    return 1 + sum(len(block.resnets) + len(getattr(block, "downsamplers", None) or ()) for block in unet.down_blocks)
+    return 1 + sum(_length(block) for block in unet.down_blocks)
 
 
 def deepest_branch(unet: Any) -> int:
@@ -68,8 +68,7 @@ class Tap(nn.Module):
         self.inner: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # FreeU scales the hidden state in place
-        self.inner = hidden_states.clone() if getattr(self.block, "b1", None) else hidden_states
+        self.inner = _unshared(hidden_states, self.block)
         return self.block(hidden_states, *args, **kwargs)
 
 
@@ -84,7 +83,12 @@ class Splice(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.inner is None:
             raise RuntimeError("a partial forward of a U-Net without a stored hidden state")
-        return self.inner.clone() if getattr(self.entry, "b1", None) else self.inner
+        return _unshared(self.inner, self.entry)
+
+
+def _unshared(hidden: torch.Tensor, block: nn.Module) -> torch.Tensor:
+    """FreeU scales what enters a block in place: a copy where it is on."""
+    return hidden.clone() if getattr(block, "b1", None) else hidden
 
 
 class UNetViews:

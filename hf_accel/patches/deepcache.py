@@ -48,8 +48,13 @@ from hf_accel.attention.call import Step
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config, setting
 from hf_accel.errors import Conflict, InvalidSetting
+from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.target import Model
+from hf_accel.hosts.unet_views import deepest_branch
+from hf_accel.ledger import Ledger
 from hf_accel.method import Facts, StepCacheMethod
 from hf_accel.registry import register
+from hf_accel.report import MethodReport
 
 FEW_STEPS = 10  # distilled samplers; neighbouring steps of theirs are not alike
 
@@ -99,6 +104,12 @@ class DeepCache(StepCacheMethod):
         self.reads_timestep = config.max_timestep_gap is not None
         self._full: frozenset[int] | None = None
         self._origin = 0  # the step that is step 0 of the uniform schedule
+
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+        deepest = deepest_branch(model.module)
+        if self.branch > deepest:
+            raise InvalidSetting(self.name, "cache_branch_id", self.branch, f"in 0..{deepest} for {model.class_name}")
+        return super().install(model, ledger, report, clock)
 
     def begin(self, step: Step) -> None:
         config = self.config
@@ -160,11 +171,6 @@ def _controlled(arguments: Mapping[str, Any]) -> bool:
     return arguments.get("mid_block_additional_residual") is not None
 
 
-def uniform_steps(count: int, interval: int) -> list[int]:
-    """Full steps ``0, N, 2N, ...`` of ``count``."""
-    return list(range(0, count, interval))
-
-
 def non_uniform_steps(count: int, interval: int, center: int, power: float, signed: bool = False) -> list[int]:
     """Full steps of ``count`` with ``k = ceil(count / interval)`` of them gathered around ``center`` (Eq. 9).
 
@@ -205,4 +211,4 @@ def _power(x: complex, p: float, signed: bool) -> float:
     return (cmath.exp(cmath.log(x) * p) if x else 0j).real
 
 
-__all__ = ["DeepCache", "DeepCacheConfig", "non_uniform_steps", "uniform_steps"]
+__all__ = ["DeepCache", "DeepCacheConfig", "non_uniform_steps"]

@@ -7,8 +7,6 @@ otherwise, so a CPU user does nothing special.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +15,10 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
+from ..write import write_pipeline
 from . import model as parts
 from .grammar import SPECIAL, TOKENS, vocabulary
 from .train import SCALING
@@ -89,30 +88,12 @@ def assemble(checkpoint: Path) -> Any:
     )
 
 
-def write(pipe: Any, folder: Path) -> None:
-    """Save `pipe` to `folder` in fp16, replacing what is there. Converts the modules of `pipe` in place."""
-    for module in pipe.components.values():
-        if isinstance(module, nn.Module):
-            module.half()
-    if folder.exists():
-        shutil.rmtree(folder)
-    pipe.save_pretrained(folder)
-    # diffusers loads in fp32 whatever the files hold; transformers loads in what the config says
-    config = folder / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    for file in folder.rglob("*"):  # safetensors writes its files for the owner alone
-        if file.is_file():
-            file.chmod(0o644)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="replaced if it exists")
     args = parser.parse_args()
-    write(assemble(args.checkpoint), args.out)
-    total = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
-    print(f"{args.out}: {total / 1e6:.2f} MB")
+    write_pipeline(assemble(args.checkpoint), args.out)
 
 
 if __name__ == "__main__":
