@@ -29,6 +29,7 @@ class BlockCall:
         most_changed: reads the largest number of changed tokens of a row; waits for the device once per forward.
         dense: runs what the host would have run; returns ``[B, Hq, b, D]``.
         sliding: the layer's cache holds no more than a sliding window of the prefix.
+        generation: number of the request; what is kept of a prefix is void in the next one.
         notes: where the call writes what happened: ``density`` (share of the prefix keys read, float or 0-d tensor),
             ``active`` (share of the block's rows computed anew), ``pages`` (read per KV head), ``kernels``,
             ``fallback``.
@@ -48,6 +49,7 @@ class BlockCall:
     most_changed: Callable[[], int]
     dense: Callable[[], torch.Tensor]
     sliding: bool = False
+    generation: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -387,6 +387,7 @@ def _call(
         most_changed=lambda: context.most_changed,
         dense=lambda: query,
         sliding=sliding,
+        generation=context.step.generation if context.step is not None else 0,
     )
 
 
