@@ -24,6 +24,7 @@ from hf_accel.train.config import FinetuneConfig
 from hf_accel.train.data import Batch, Batches, Data, moved
 from hf_accel.train.history import History
 from hf_accel.train.noise import generator_for, mix, noise_levels
+from hf_accel.train.rcd_config import RCDTrainingConfig
 from hf_accel.train.teacher import teacher
 from hf_accel.trained import ADAPTER, trained_model
 
@@ -68,7 +69,7 @@ class Finetuner:
         self.method, self.model = installation.method, found.module
         self._check_method()
         self.forward = forward if forward is not None else forward_for(self.model)
-        self.accelerator = _accelerator(self.model)
+        self.accelerator = accelerator_for(self.model)
         self._teacher = None if self.config.lora_rank is not None else self._frozen_copy()
         shared = isinstance(installation.handle, SeamContext)
         if self.config.lora_rank is not None:
@@ -309,7 +310,7 @@ class Finetuner:
         return {"validation": f"{self.history.validation[-1]['loss']:.4g}"} if self.history.validation else {}
 
 
-def learning_rate_factor(step: int, config: FinetuneConfig) -> float:
+def learning_rate_factor(step: int, config: FinetuneConfig | RCDTrainingConfig) -> float:
     """Share of the peak learning rate at optimizer step ``step`` (from 0)."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
@@ -319,7 +320,7 @@ def learning_rate_factor(step: int, config: FinetuneConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((step - config.warmup_steps) / rest, 1.0)))
 
 
-def _accelerator(model: torch.nn.Module) -> Any:
+def accelerator_for(model: torch.nn.Module) -> Any:
     """Where training runs: on the model's device. Precision is not Accelerate's business here, because it keeps one
     per process, and two trainings in a process may differ."""
     try:
