@@ -19,6 +19,7 @@ from hf_accel.errors import (
     RevertRefused,
     UnknownMethod,
 )
+from hf_accel.hosts.block_attention import BlockSeam
 from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.foreign import standing
 from hf_accel.hosts.seam import SeamContext
@@ -75,7 +76,7 @@ class Applied:
     def time_attention(self, on: bool = True) -> None:
         """Measure the time inside patched attentions from now on (``attention_seconds`` in :meth:`stats`)."""
         for _, installation in self._installed:
-            if isinstance(installation.handle, SeamContext):
+            if isinstance(installation.handle, SeamContext | BlockSeam):
                 installation.handle.timed = on
 
     def revert(self) -> None:

@@ -1,0 +1,348 @@
+"""Attention of the rows of one denoising block to a frozen prefix, read where it lies, whole or by pages.
+
+The prefix K/V are views of a cache: any strides but 1 in the last axis; never written, copied or joined with anything.
+Rows of all query heads that share a KV head are computed together. Pages are ``page_size`` consecutive keys; which of
+them a block reads is chosen by the rule of QUEST (arXiv 2406.10774): the largest logit that a key within the page's
+elementwise bounds could have.
+
+No operation here waits for the device, and shapes of results follow from shapes alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from hf_accel.errors import UnsupportedByKernel
+from hf_accel.kernels import checks
+from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+
+__all__ = [
+    "PageList",
+    "active_topk",
+    "backend_for",
+    "block_merge",
+    "lse_merge",
+    "page_attention",
+    "page_minmax",
+    "page_minmax_into",
+    "page_score",
+    "select_pages",
+]
+
+OP = "paged_attention"
+LIMITS = TritonLimits(min_head_dim=16, max_head_dim=512)
+
+
+class PageList(NamedTuple):
+    """Pages to read, per KV head.
+
+    Attributes:
+        pages: int32 ``[B, Hkv, M]``, ascending; entries from ``counts`` on are 0 and not read.
+        counts: int32 ``[B, Hkv]``.
+    """
+
+    pages: torch.Tensor
+    counts: torch.Tensor
+
+
+def backend_for(x: torch.Tensor, backend: str = "auto") -> Choice:
+    """What would run for keys ``[B, Hkv, P, D]``, and why."""
+    return choose(OP, x, LIMITS, backend)
+
+
+def page_minmax(
+    k: torch.Tensor, page_size: int, valid: torch.Tensor | None = None, *, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Elementwise bounds of the keys of every page.
+
+    Args:
+        k: ``[B, Hkv, P, D]``.
+        page_size: keys per page; the last page has what remains.
+        valid: bool ``[B, P]``; False keys do not count.
+
+    Returns:
+        ``kmin, kmax``, each ``[B, Hkv, ceil(P / page_size), D]`` in the dtype of ``k``; 0 for a page without a key.
+    """
+    _check_cache(k, None, valid)
+    _check_page_size(page_size)
+    pages = -(-k.shape[2] // page_size)
+    low = k.new_empty(*k.shape[:2], pages, k.shape[3])
+    high = torch.empty_like(low)
+    if low.numel():
+        page_minmax_into(k, page_size, low, high, 0, valid, backend=backend)
+    return low, high
+
+
+def page_minmax_into(
+    k: torch.Tensor,
+    page_size: int,
+    kmin: torch.Tensor,
+    kmax: torch.Tensor,
+    first_page: int,
+    valid: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> None:
+    """:func:`page_minmax` of the pages from ``first_page`` on, written into buffers ``[B, Hkv, >= pages, D]``.
+
+    What a commit appends to a cache changes its last, partial page and adds more: ``first_page = old_P // page_size``.
+    """
+    _check_cache(k, None, valid)
+    _check_page_size(page_size)
+    pages = -(-k.shape[2] // page_size)
+    if kmin.shape != kmax.shape or kmin.shape[2] < pages or not 0 <= first_page <= pages:
+        raise UnsupportedByKernel(
+            f"{OP}: kmin and kmax must be alike and hold {pages} pages, first_page must be in 0..{pages}; got "
+            f"{list(kmin.shape)}, {list(kmax.shape)}, {first_page}."
+        )
+    if first_page < pages:
+        _page_minmax_into(k, page_size, kmin, kmax, first_page, valid, backend_for(k, backend).backend)
+
+
+def page_score(
+    q: torch.Tensor,
+    kmin: torch.Tensor,
+    kmax: torch.Tensor,
+    page_valid: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Upper bound of every row's logits in every page, not scaled: ``sum_c max(q_c kmin_c, q_c kmax_c)``.
+
+    Args:
+        q: ``[B, Hq, A, D]``.
+        kmin, kmax: ``[B, Hkv, pages, D]``.
+        page_valid: bool ``[B, pages]``; False pages score -inf.
+
+    Returns:
+        fp32 ``[B, Hq, A, pages]``.
+    """
+    _check_heads(q, kmin)
+    return _page_score(q, kmin, kmax, page_valid, backend_for(kmin, backend).backend)
+
+
+def select_pages(scores: torch.Tensor, count: int, kv_heads: int) -> PageList:
+    """The ``count`` best pages of every row, united over the rows and the query heads of each KV head.
+
+    Args:
+        scores: ``[B, Hq, A, pages]``; -inf is never chosen.
+        count: pages per row and query head, at least 1.
+        kv_heads: number of KV heads; ``Hq`` is a multiple of it.
+
+    Returns:
+        PageList of width ``min(pages, Hq / Hkv * A * count)``.
+    """
+    if count < 1 or scores.shape[1] % kv_heads:
+        raise UnsupportedByKernel(
+            f"{OP}: count must be at least 1 and the {scores.shape[1]} query heads a multiple of kv_heads; got "
+            f"count={count}, kv_heads={kv_heads}."
+        )
+    from hf_accel.kernels.paged_attention import reference
+
+    return PageList(*reference.select_pages(scores, count, kv_heads))
+
+
+def page_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: PageList | None,
+    page_size: int,
+    scale: float,
+    valid: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every row to the listed pages of its KV head, or to all keys.
+
+    Args:
+        q: ``[B, Hq, A, D]``.
+        k, v: ``[B, Hkv, P, D]``; ``P`` may be 0.
+        pages: what to read; None: all keys, ``page_size`` is then not used.
+        scale: factor of the logits.
+        valid: bool ``[B, P]``; False hides keys. What hidden or unlisted keys hold (NaN too) has no influence.
+
+    Returns:
+        ``out`` fp32 ``[B, Hq, A, D]``, normalised, and ``lse`` fp32 ``[B, Hq, A]``, the natural log of the sum of
+        exponentials of the scaled logits; a row without a key has 0 and -inf.
+    """
+    _check_cache(k, v, valid)
+    _check_heads(q, k)
+    _check_page_size(page_size)
+    listed, counts = pages if pages is not None else (None, None)
+    return _page_attention(q, k, v, listed, counts, page_size, scale, valid, backend_for(k, backend).backend)
+
+
+def lse_merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two disjoint sets of keys from the attention over each: :func:`hf_accel.attention.merge.merge_lse`
+    in fp32. ``out`` ``[..., D]``, ``lse`` ``[...]``; -inf where a row saw no key of that set."""
+    from hf_accel.kernels.paged_attention import reference
+
+    return reference.lse_merge(out_a, lse_a, out_b, lse_b)
+
+
+def block_merge(
+    q: torch.Tensor,
+    k_block: torch.Tensor,
+    v_block: torch.Tensor,
+    prefix_out: torch.Tensor,
+    prefix_lse: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention of a block to itself, joined with its attention to the prefix.
+
+    Args:
+        q: ``[B, Hq, b, D]``; k_block, v_block: ``[B, Hkv, b, D]``.
+        prefix_out, prefix_lse: of :func:`page_attention` for all ``b`` rows.
+        mask: bool ``[B or 1, 1 or Hq, b, b]``, True = attend.
+
+    Returns:
+        ``[B, Hq, b, D]`` in the dtype of ``q``; 0 for a row that sees nothing.
+    """
+    _check_heads(q, k_block)
+    return _block_merge(q, k_block, v_block, prefix_out, prefix_lse, scale, mask, backend_for(k_block, backend).backend)
+
+
+def active_topk(
+    q: torch.Tensor, q_ref: torch.Tensor, count: int, forced: torch.Tensor | None = None, *, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of a block whose query moved most: ``delta_i = ||q_i - q_ref_i||^2`` over heads and dims.
+
+    Args:
+        q, q_ref: ``[B, Hq, b, D]``.
+        count: rows to choose, 0..b.
+        forced: bool ``[B, b]``; these come first. Ties go to the lower position.
+
+    Returns:
+        ``index`` int64 ``[B, count]``, ascending, and ``delta`` fp32 ``[B, b]``.
+    """
+    if not 0 <= count <= q.shape[2]:
+        raise UnsupportedByKernel(f"{OP}: count must be in 0..{q.shape[2]}; got {count}.")
+    return _active_topk(q, q_ref, count, forced, backend_for(q, backend).backend)
+
+
+# -- checks --------------------------------------------------------------------------------------------------------
+
+
+def _check_cache(k: torch.Tensor, v: torch.Tensor | None, valid: torch.Tensor | None) -> None:
+    checks.expect(OP, "k", k, {"B": None, "Hkv": None, "P": None, "D": None})
+    if v is not None:
+        checks.expect(OP, "v", v, {"B": k.shape[0], "Hkv": k.shape[1], "P": k.shape[2], "D": None})
+        checks.expect_last_axis_contiguous(OP, v=v)
+    if valid is not None:
+        checks.expect(OP, "valid", valid, {"B": k.shape[0], "P": k.shape[2]}, torch.bool)
+    checks.expect_one_device(OP, k=k, v=v, valid=valid)
+    checks.expect_last_axis_contiguous(OP, k=k)
+
+
+def _check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
+    checks.expect(OP, "q", q, {"B": k.shape[0], "Hq": None, "rows": None, "D": k.shape[3]})
+    if q.shape[1] % k.shape[1]:
+        raise UnsupportedByKernel(f"{OP}: {q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads.")
+    checks.expect_one_device(OP, q=q, k=k)
+
+
+def _check_page_size(page_size: int) -> None:
+    if page_size < 1:
+        raise UnsupportedByKernel(f"{OP}: page_size must be at least 1; got {page_size}.")
+
+
+# -- operators -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hf_accel::page_minmax_into", mutates_args=("kmin", "kmax"))
+def _page_minmax_into(
+    k: torch.Tensor,
+    page_size: int,
+    kmin: torch.Tensor,
+    kmax: torch.Tensor,
+    first_page: int,
+    valid: torch.Tensor | None,
+    backend: str,
+) -> None:
+    from hf_accel.kernels.paged_attention import reference
+
+    pages = -(-k.shape[2] // page_size)
+    start = first_page * page_size
+    low, high = reference.page_minmax(k[:, :, start:], page_size, None if valid is None else valid[:, start:])
+    kmin[:, :, first_page:pages] = low
+    kmax[:, :, first_page:pages] = high
+
+
+@torch.library.custom_op("hf_accel::page_score", mutates_args=())
+def _page_score(
+    q: torch.Tensor, kmin: torch.Tensor, kmax: torch.Tensor, page_valid: torch.Tensor | None, backend: str
+) -> torch.Tensor:
+    from hf_accel.kernels.paged_attention import cpu
+
+    return cpu.page_score(q, kmin, kmax, page_valid)
+
+
+@_page_score.register_fake
+def _(q, kmin, kmax, page_valid, backend):
+    return q.new_empty(*q.shape[:3], kmin.shape[2], dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_accel::page_attention", mutates_args=())
+def _page_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    page_size: int,
+    scale: float,
+    valid: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from hf_accel.kernels.paged_attention import cpu
+
+    return cpu.page_attention(q, k, v, pages, counts, page_size, scale, valid)
+
+
+@_page_attention.register_fake
+def _(q, k, v, pages, counts, page_size, scale, valid, backend):
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_accel::block_merge", mutates_args=())
+def _block_merge(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prefix_out: torch.Tensor,
+    prefix_lse: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    from hf_accel.kernels.paged_attention import reference
+
+    return reference.block_merge(q, k, v, prefix_out, prefix_lse, scale, mask)
+
+
+@_block_merge.register_fake
+def _(q, k, v, prefix_out, prefix_lse, scale, mask, backend):
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@torch.library.custom_op("hf_accel::active_topk", mutates_args=())
+def _active_topk(
+    q: torch.Tensor, q_ref: torch.Tensor, count: int, forced: torch.Tensor | None, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from hf_accel.kernels.paged_attention import reference
+
+    return reference.active_topk(q, q_ref, count, forced)
+
+
+@_active_topk.register_fake
+def _(q, q_ref, count, forced, backend):
+    return q.new_empty(q.shape[0], count, dtype=torch.int64), q.new_empty(q.shape[0], q.shape[2], dtype=torch.float32)
