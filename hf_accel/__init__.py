@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_accel.api import Applied, apply, explain, methods, revert
+    from hf_accel.generation.blocks import generate_blocks
     from hf_accel.measure.calibrate import calibrate
     from hf_accel.measure.compare import compare
     from hf_accel.registry import register
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 _LAZY = {
     "Applied": "api", "apply": "api", "explain": "api", "methods": "api", "revert": "api",
     "calibrate": "measure.calibrate", "compare": "measure.compare", "register": "registry",
+    "generate_blocks": "generation.blocks",
     "Finetuner": "train.finetuner", "load_trained": "trained", "save_trained": "trained",
 }  # fmt: skip
 
 __all__ = [
-    "Applied", "Finetuner", "__version__", "apply", "calibrate", "compare", "explain", "load_trained", "methods",
-    "register", "revert", "save_trained",
+    "Applied", "Finetuner", "__version__", "apply", "calibrate", "compare", "explain", "generate_blocks",
+    "load_trained", "methods", "register", "revert", "save_trained",
 ]  # fmt: skip
 
 
