@@ -9,8 +9,8 @@ rest is masked again and forgotten. Here an open position enters the next step a
 
 a mixture of the mask's embedding and the expected embedding of its own last prediction, by normalised entropy
 (Eq. 1-3). Prompt and committed positions are untouched; a prefill or commit forward has no mask, so what is cached
-never sees a residual. Needs weights that were trained for it (:mod:`hf_accel.train.rcd`). Models that scale their embeddings have
-``E`` scaled here too.
+never sees a residual. Needs weights that were trained for it (:mod:`hf_accel.train.rcd`). Where a model scales its
+embeddings, ``E`` is the scaled ones.
 
 Decisions where paper and pseudo-code differ or are silent:
 
@@ -29,14 +29,28 @@ Decisions where paper and pseudo-code differ or are silent:
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hf_accel.config import Config, setting
-from hf_accel.errors import WeightsMismatch
-from hf_accel.hosts.residual_context import EmbeddingTable, embedding_table
-from hf_accel.kernels.soft_embedding import entropy_lse, normalized_entropy, soft_embed
+from hf_accel.errors import NotApplicable, WeightsMismatch
+from hf_accel.hosts import language_loading, residual_context
+from hf_accel.hosts.block_context import BlockStep
+from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.declaration import declaration_of, read_declaration
+from hf_accel.hosts.embedding_table import EmbeddingTable, embedding_table
+from hf_accel.hosts.residual_context import ResidualContext, context_of
+from hf_accel.hosts.residual_start import OwnStart, ReferenceStart, Start
+from hf_accel.hosts.target import Model, unwrap
+from hf_accel.kernels.soft_embedding import backend_for, entropy_lse, normalized_entropy, soft_embed
+from hf_accel.ledger import Ledger
+from hf_accel.method import Facts, Method
+from hf_accel.registry import register
+from hf_accel.report import MethodReport
 
 ALPHA_MODES = ("normalized-entropy", "fixed", "max-prob", "one-minus-entropy", "one-minus-max-prob")
 
@@ -170,3 +184,151 @@ def residual_embeddings(
     table = embedding_table(embedding, logits.shape[-1], places.device)
     mixed, _ = interpolate(flat[places], rows, table, settings, detach_residual)
     return flat.index_put((places,), mixed.to(flat.dtype)).view_as(embedded)
+
+
+# -- the method ----------------------------------------------------------------------------------------------------
+
+# What decides how residuals are formed: weights are trained with one choice of it.
+FORMED = ("alpha_mode", "alpha", "alpha_scale", "temper_delta", "top_k")
+
+
+@register
+class RCD(Method):
+    """Residuals at open positions; see the module's docstring."""
+
+    name = "rcd"
+    paper = "Residual Context Diffusion Language Models, arXiv 2601.22954"
+    summary = "masked diffusion LMs trained for it: open positions carry their last prediction into the next step"
+    facts = Facts(
+        site="embedding",
+        needs=frozenset({"trained weights"}),
+        media=frozenset({"text"}),
+        hosts=frozenset({"block diffusion"}),
+        backward=True,
+        compile=False,  # what is kept between steps lives in Python; the model compiles around it, with breaks
+        full_budget={"alpha_scale": 0.0},
+    )
+    Config = RCDConfig
+    config: RCDConfig
+
+    def __init__(self, config: RCDConfig):
+        super().__init__(config)
+        self._reference = ReferenceStart()
+        self._warned: set[str] = set()
+        self._context: ResidualContext | None = None
+
+    @classmethod
+    def why_not(cls, model: Model) -> str | None:
+        return residual_context.why_not(model.module)
+
+    def take_over(self, former: RCD) -> None:
+        self._warned = former._warned
+        if self.config.reference in (None, former.config.reference):
+            self._reference.model = former._reference.model
+
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> ResidualContext:
+        config = self.config
+        context = residual_context.install(
+            model, self, ledger, report, mask_token=config.mask_token_id, shift=config.logit_shift, start=self._start()
+        )
+        self._context = context
+        self._reference.shift = config.logit_shift
+        if config.reference is not None and self._reference.model is None:
+            reference = language_loading.load(config.reference, like=model.module)
+            self._reference.set_model(reference, model.module, context.mask_token)
+        self._check_weights(model, report)
+        return context
+
+    def _start(self) -> Start | None:
+        starts: dict[str, Start] = {
+            "warm": self._reference,
+            "self": OwnStart(self.config.logit_shift),
+            "dirichlet": Dirichlet(self.config.seed),
+        }
+        return starts.get(self.config.init)
+
+    def _check_weights(self, model: Model, report: MethodReport) -> None:
+        """Say so where nothing tells that the weights were trained for residuals, or that they were with others."""
+        config = self.config
+        own = declaration_of(model.module, self.name)
+        told = read_declaration(config.weights, self.name) if config.weights else own
+        if told is not None and told.get("stage") == 2:
+            report.notes.append(f"weights declared RCD's, reference {told.get('reference') or 'not named'}")
+            other = [n for n in FORMED if n in told and told[n] != getattr(config, n)]
+            if other and config.alpha_scale:
+                self._warn(
+                    f"rcd: the weights were trained with {_words(told, other)}; it is being applied with "
+                    f"{_words(vars(config), other)}."
+                )
+            return
+        if config.trained:
+            report.notes.append("weights are RCD's by the caller's word (trained=True)")
+            return
+        report.notes.append("the weights are not declared RCD's")
+        if config.alpha_scale:
+            what = "weights not declared RCD's" if told is None else "weights of stage 1, which never saw a residual"
+            self._warn(
+                f"rcd on {model.class_name} with {what}: residuals lie off what it was trained on, and quality falls. "
+                "Train it (hf_accel.train.rcd), name the adapter that was (weights='folder'), or say trained=True."
+            )
+
+    def _warn(self, words: str) -> None:
+        if words not in self._warned:
+            self._warned.add(words)
+            warnings.warn(f"hf_accel: {words}", UserWarning, stacklevel=2)
+
+    def mix(self, embedded: torch.Tensor, logits: torch.Tensor, table: EmbeddingTable) -> tuple[torch.Tensor, Any]:
+        if self.config.alpha_scale == 0:
+            return embedded, embedded.new_zeros(len(embedded), dtype=torch.float32)
+        logits = logits.to(table.weight.device)
+        if self._context is not None and not self._context.run.kernels:
+            choice = backend_for(logits, self.config.backend, table.weight)
+            self._context.run.kernels["soft_embed"] = choice.backend, choice.reason
+        return interpolate(embedded, logits, table, self.config)
+
+
+class Dirichlet:
+    """Distributions for the first step drawn from the flat Dirichlet distribution over the vocabulary."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def follow(self, arguments: Mapping[str, Any], step: BlockStep) -> None:
+        pass
+
+    def logits(
+        self, module: Any, arguments: Mapping[str, Any], step: BlockStep, opened: torch.Tensor
+    ) -> tuple[torch.Tensor | None, str]:
+        vocabulary = int(module.get_input_embeddings().weight.shape[0])
+        place = (opened.cumsum(1) - 1)[opened]  # k-th open position of its row: padding and the batch do not count
+        generator = torch.Generator(opened.device)
+        drawn = torch.empty(int(place.max()) + 1, vocabulary, device=opened.device)
+        for k, row in enumerate(drawn):
+            generator.manual_seed((self.seed * 1_000_003 + step.block + 1) * 1_000_003 + k)
+            row.exponential_(generator=generator)  # exponentials over their sum are a flat Dirichlet draw
+        return drawn.clamp_min(torch.finfo(drawn.dtype).tiny).log()[place], ""
+
+
+def set_reference(target: Any, reference: torch.nn.Module) -> None:
+    """Give the model that ``init="warm"`` asks. It is called as it is, without gradients.
+
+    Args:
+        target: the model, with ``rcd`` on it.
+        reference: of the same vocabulary and the same calls, such as a smaller model of the family.
+
+    Raises:
+        NotApplicable: ``rcd`` is not on the model.
+        WeightsMismatch: another vocabulary or mask token.
+    """
+    module = unwrap(target)
+    context = context_of(module)
+    if context is None or not isinstance(context.core, RCD):
+        raise NotApplicable(f"rcd is not on this {type(module).__name__}: hf_accel.apply(model, 'rcd', init='warm').")
+    context.core._reference.set_model(unwrap(reference), module, context.mask_token)
+
+
+def _words(values: Mapping[str, Any], names: list[str]) -> str:
+    return ", ".join(f"{name}={values[name]!r}" for name in names)
+
+
+__all__ = ["RCD", "RCDConfig", "interpolation_weight", "residual_embeddings", "set_reference"]
