@@ -31,8 +31,8 @@ class BlockCall:
         sliding: the layer's cache holds no more than a sliding window of the prefix.
         generation: number of the request; what is kept of a prefix is void in the next one.
         notes: where the call writes what happened: ``density`` (share of the prefix keys read, float or 0-d tensor),
-            ``active`` (share of the block's rows computed anew), ``pages`` (read per KV head), ``kernels``,
-            ``fallback``.
+            ``active`` (share of the block's rows computed anew), ``pages`` (read per KV head), ``exact`` (why all of
+            the prefix was attended to), ``kernels``, ``fallback``.
     """
 
     query: torch.Tensor
