@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -72,6 +73,11 @@ class BlockRunner:
         self.traceable = method.traceable
         self._states: dict[int, Any] = {}
 
+    def __deepcopy__(self, memo: dict) -> BlockRunner:
+        twin = BlockRunner(copy.deepcopy(self.method, memo))
+        memo[id(self)] = twin
+        return twin  # the block that runs is the original's
+
     def reset(self) -> None:
         self._states = {}
         self.method.begin_block()
@@ -83,7 +89,7 @@ class BlockRunner:
         if reason is not None:
             call.notes["density"] = 1.0
             call.notes["exact"] = reason
-            return split_attention(call)
+            return split_attention(call, getattr(self.method.config, "backend", "auto"))
         layer = call.layer.index
         if layer not in self._states:
             self._states[layer] = self.method.new_state()

@@ -243,6 +243,7 @@ class BlockStatistics:
     blocks: int = 0
     calls: int = 0
     first_calls: int = 0  # of them in the first step of a block
+    exact_calls: Counter[str] = field(default_factory=Counter)  # of them those that settings exclude, by reason
     dense_calls: Counter[str] = field(default_factory=Counter)
     kernels: dict[str, tuple[str, str]] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -264,6 +265,8 @@ class BlockStatistics:
             return
         self.calls += 1
         self.first_calls += step == 0
+        if notes.get("exact") is not None:
+            self.exact_calls[notes["exact"]] += 1
         for name in ("density", "active", "pages"):
             if name in notes:
                 for key in (name, f"later_{name}") if step > 0 else (name,):
@@ -284,6 +287,7 @@ class BlockStatistics:
             "blocks": self.blocks,
             "attention_calls": self.calls,
             "first_calls": self.first_calls,
+            "exact_calls": dict(self.exact_calls),
             "dense_calls": dict(self.dense_calls),
             **means,
             **later,
@@ -305,8 +309,55 @@ class BlockStatistics:
         active, pages = self.mean("later_active"), self.mean("later_pages")
         if active is not None and pages is not None:
             lines.append(f"  later     {active:.3f} of the rows active, {pages:.1f} pages read per KV head")
+        lines += [f"  exact     {n} x {reason}" for reason, n in self.exact_calls.most_common()]
         lines += [f"  dense     {n} x {reason}" for reason, n in self.dense_calls.most_common()]
         return lines + [f"  kernel    {op}: {backend} ({why})" for op, (backend, why) in sorted(self.kernels.items())]
+
+
+@dataclass
+class PrefixStatistics:
+    """What a prefix cache did since it was applied. A row is one position of the batch that goes through the model."""
+
+    forwards: int = 0
+    generations: int = 0
+    cached_forwards: int = 0
+    verified: int = 0  # forwards run both ways and found equal
+    prefills: Counter[str] = field(default_factory=Counter)  # by reason
+    dense_calls: Counter[str] = field(default_factory=Counter)  # the model's own forwards, by reason
+    rows_computed: int = 0
+    rows_native: int = 0  # that the unpatched model would have computed
+    kept_bytes: int = 0
+
+    @property
+    def row_share(self) -> float | None:
+        """Rows computed as a share of what the unpatched model computes; None before the first forward."""
+        return self.rows_computed / self.rows_native if self.rows_native else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "forwards": self.forwards,
+            "generations": self.generations,
+            "cached_forwards": self.cached_forwards,
+            "verified": self.verified,
+            "prefills": dict(self.prefills),
+            "dense_calls": dict(self.dense_calls),
+            "rows_computed": self.rows_computed,
+            "rows_native": self.rows_native,
+            "row_share": self.row_share,
+            "kept_bytes": self.kept_bytes,
+        }
+
+    def lines(self, method: str) -> list[str]:
+        """What ran, for the printed report."""
+        share = self.row_share
+        rows = f"; {share:.1%} of the rows" if share is not None else ""
+        lines = [
+            f"  ran       {self.forwards} forwards in {self.generations} generations; {self.cached_forwards} against the "
+            f"cache, {self.verified} verified{rows}",
+            f"  kept      {self.kept_bytes} bytes at most",
+        ]
+        lines += [f"  prefill   {n} x {reason}" for reason, n in self.prefills.most_common()]
+        return lines + [f"  dense     {n} x {reason}" for reason, n in self.dense_calls.most_common()]
 
 
 class Statistics(Protocol):
