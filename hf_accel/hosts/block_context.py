@@ -5,22 +5,26 @@ block runs again at every denoising step. Methods on such a model need to know w
 blocks enter the cache), a *denoise* step (reads the cache, never writes it) or a *commit* (the clean tokens of a
 finished block enter the cache), and when what they remember is void: at a new block, a new request, or an exception.
 
-A :class:`BlockContext` learns all this from the arguments of the model's forwards (hooks on its root); samplers, ours
-or foreign, need not know of it. How the arguments are read differs per family of models and is found by structure
-(:func:`family_of`), since most of these models are remote code.
+A :class:`BlockContext` learns all this from the arguments of the model's forwards (:func:`follow` puts the hooks);
+samplers, ours or foreign, need not know of it. Where the hooks stand and how the arguments are read differs per family
+of models and is found by structure (:func:`family_of`), since most of these models are remote code.
+
+A context follows one request at a time, as a model with one cache does; a deep copy of the model has a clock of its own.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from hf_accel.hosts.target import is_a
+from hf_accel.ledger import Ledger
 
 Phase = Literal["prefill", "denoise", "commit", "whole"]
 
@@ -56,6 +60,7 @@ class ForwardRead:
         cache: the object that holds the frozen K/V, or None.
         prefix: positions in it that this forward's queries find frozen.
         stores: whether the forward adds its own K/V to the cache.
+        conditioned: whether it is given the prediction of an earlier step.
     """
 
     tokens: torch.Tensor | None
@@ -63,6 +68,10 @@ class ForwardRead:
     cache: Any
     prefix: int
     stores: bool
+    conditioned: bool = False
+
+
+Reader = Callable[[Mapping[str, Any]], ForwardRead]
 
 
 @dataclass(frozen=True)
@@ -74,16 +83,18 @@ class BlockFamily:
         frozen_prefix: finished blocks keep their K/V, so that a prefix can be cached exactly.
         masked: open positions hold a mask token; else random tokens that are drawn anew (DiffusionGemma).
         final: a token once committed stays in its block.
-        read: arguments of a forward -> :class:`ForwardRead`.
+        read: arguments of a forward of the whole model -> :class:`ForwardRead`.
         suits: whether a model is of this family, by its structure.
+        watched: the modules whose forwards tell where a block stands, and how to read each.
     """
 
     name: str
     frozen_prefix: bool
     masked: bool
     final: bool
-    read: Callable[[Mapping[str, Any]], ForwardRead]
+    read: Reader
     suits: Callable[[torch.nn.Module], bool]
+    watched: Callable[[Any], list[tuple[torch.nn.Module, Reader]]]
 
 
 def family_of(module: torch.nn.Module) -> BlockFamily | None:
@@ -109,74 +120,59 @@ def cache_length(cache: Any) -> int:
 class BlockContext:
     """State of the block clock on one model.
 
+    Args:
+        family: of the model.
+        mask_token: id of open positions, if the family has one.
+        tokens: whether to compare the tokens of one step with those of the last. Needed by whoever keeps state from step
+            to step; waits for the device once per denoising step.
+
     Attributes:
         step: the forward that runs now; None outside of one.
         changed: bool ``[B, n]``, tokens that differ from those of the last denoising step of this block; None at a
-            block's first step and where the tokens are unknown.
+            block's first step.
+        most_changed: the largest number of changed tokens in a row of the batch; 0 where there is none to compare with.
     """
 
-    def __init__(self, family: BlockFamily, mask_token: int | None = None):
-        self.family, self.mask_token = family, mask_token
+    def __init__(self, family: BlockFamily, mask_token: int | None = None, tokens: bool = True):
+        self.family, self.mask_token, self.tokens = family, mask_token, tokens
         self.step: BlockStep | None = None
         self.changed: torch.Tensor | None = None
+        self.most_changed = 0
         self._last: BlockStep | None = None
         self._tokens: torch.Tensor | None = None
         self._cache: weakref.ref | None = None
-        self._most_changed: int | None = None
+        self._conditioned = False
         self._rows = 0
 
     def __deepcopy__(self, memo: dict) -> BlockContext:
-        twin = type(self)(self.family, self.mask_token)
+        twin = type(self)(self.family, self.mask_token, self.tokens)
         memo[id(self)] = twin
         return twin  # the request that runs is the original's
 
-    @property
-    def most_changed(self) -> int:
-        """The largest number of changed tokens in a row of the batch; 0 where unknown. Waits once per forward."""
-        if self.changed is None:
-            return 0
-        if self._most_changed is None:
-            self._most_changed = int(self.changed.sum(1).max()) if self.changed.numel() else 0
-        return self._most_changed
-
-    def begin(self, arguments: Mapping[str, Any]) -> BlockStep:
-        """A forward with these arguments begins."""
-        read = self.family.read(arguments)
+    def begin(self, arguments: Mapping[str, Any], read: Reader | None = None) -> BlockStep:
+        """A forward with these arguments begins. ``read`` is the family's unless the module has one of its own."""
+        given = (read or self.family.read)(arguments)
+        phase, follows = self._phase(given)
         last = self._last
-        same_cache = self._cache is not None and read.cache is not None and self._cache() is read.cache
-        follows = last is not None and same_cache and read.shape[0] == self._rows and read.prefix >= last.prefix
-        generation = last.generation if last is not None else -1
-        block = last.block if last is not None else -1
-        index, changed = 0, None
-        if read.cache is None:
-            phase: Phase = "whole"
-        elif not read.stores:
-            phase = "denoise"
-        else:
-            denoised = follows and last is not None and last.phase == "denoise" and last.prefix == read.prefix
-            phase = "commit" if denoised else "prefill"
-        if not follows:
-            generation, block = generation + 1, -1
-        if phase == "denoise":
-            in_block = (
-                follows
-                and last is not None
-                and last.phase == "denoise"
-                and (last.prefix, last.length) == (read.prefix, read.shape[1])
-            )
-            if in_block:
-                changed, void = self._compare(read.tokens)
-                in_block = not void
-            if in_block and last is not None:
+        generation, block, index = (last.generation, last.block, 0) if last is not None else (-1, -1, 0)
+        self.changed, self.most_changed = None, 0
+        if phase == "denoise" and follows and last is not None:
+            same_block = last.phase == "denoise" and (last.prefix, last.length) == (given.prefix, given.shape[1])
+            relation = self._relation(given) if same_block else "another block"
+            follows = relation != "another request"
+            if relation == "next step":
                 index = last.index + 1
             else:
-                block, changed = block + 1, None
-        self.step = BlockStep(phase, generation, block, index, read.prefix, read.shape[1])
-        self.changed, self._most_changed = changed, None
-        self._rows = read.shape[0]
-        self._tokens = read.tokens.clone() if read.tokens is not None and phase == "denoise" else None
-        self._cache = weakref.ref(read.cache) if read.cache is not None else None
-        self._last = self.step
+                self.changed, self.most_changed = None, 0
+        if not follows:
+            generation, block = generation + 1, -1
+        if phase == "denoise" and index == 0:
+            block += 1
+        self.step = self._last = BlockStep(phase, generation, block, index, given.prefix, given.shape[1])
+        self._rows, self._conditioned = given.shape[0], given.conditioned
+        keep = self.tokens and phase == "denoise" and given.tokens is not None
+        self._tokens = given.tokens.clone() if keep and given.tokens is not None else None
+        self._cache = weakref.ref(given.cache) if given.cache is not None else None
         return self.step
 
     def end(self, raised: bool) -> None:
@@ -188,31 +184,53 @@ class BlockContext:
     def forget(self) -> None:
         """The next forward belongs to another request."""
         self._cache = self._tokens = self.changed = None
+        self.most_changed = 0
 
-    def _compare(self, tokens: torch.Tensor | None) -> tuple[torch.Tensor | None, bool]:
-        """Which tokens changed since the last step, and whether they are those of another request."""
-        if tokens is None or self._tokens is None or tokens.shape != self._tokens.shape:
-            return None, False
-        changed = tokens != self._tokens
-        if not self.family.final or self.mask_token is None:
-            return changed, False
-        # Where committed tokens are final, a change of one means rows of other requests under the same cache.
-        return changed, bool((changed & (self._tokens != self.mask_token)).any())
+    def _phase(self, given: ForwardRead) -> tuple[Phase, bool]:
+        """What this forward is, and whether it belongs to the request of the last one."""
+        last = self._last
+        if given.cache is None or last is None:
+            return ("whole" if given.cache is None else "prefill" if given.stores else "denoise"), False
+        same = self._cache is not None and self._cache() is given.cache
+        follows = same and given.shape[0] == self._rows and given.prefix >= last.prefix
+        if not given.stores:
+            return "denoise", follows
+        if follows and last.phase == "denoise" and last.prefix == given.prefix:
+            return "commit", True
+        return "prefill", follows and given.prefix > 0  # a cache that was emptied fills anew
+
+    def _relation(self, given: ForwardRead) -> Literal["next step", "another block", "another request"]:
+        """What two denoising forwards behind the same prefix are to each other; notes the changed tokens."""
+        if self._conditioned and not given.conditioned:
+            return "another block"  # which begins without the prediction of a step before it
+        if not self.tokens:
+            return "next step"
+        if given.tokens is None or self._tokens is None:
+            return "another block"  # nobody can tell
+        self.changed = given.tokens != self._tokens
+        most = self.changed.sum(1).max()
+        if self.family.masked and self.mask_token is not None:
+            # A committed position that is open again: rows of another request under the same cache.
+            opened = (self.changed & (given.tokens == self.mask_token)).any()
+            self.most_changed, again = torch.stack([most, opened.to(most.dtype)]).tolist()
+            return "another request" if again else "next step"
+        self.most_changed = int(most)
+        return "next step"
 
 
 class BlockHook:
-    """Forward pre-hook of the model: tells the context of every forward. Nothing under ``torch.compile``."""
+    """Forward pre-hook of a watched module: tells the context of every forward. Nothing under ``torch.compile``."""
 
-    def __init__(self, context: BlockContext):
-        self.context = context
+    def __init__(self, context: BlockContext, read: Reader | None = None):
+        self.context, self.read = context, read
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self.context.begin(arguments_of(module, args, kwargs))
+            self.context.begin(arguments_of(module, args, kwargs), self.read)
 
 
 class BlockEndHook:
-    """Forward hook of the model, called after exceptions too."""
+    """Forward hook of a watched module, called after exceptions too."""
 
     def __init__(self, context: BlockContext):
         self.context = context
@@ -220,6 +238,24 @@ class BlockEndHook:
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not torch.compiler.is_compiling():
             self.context.end(raised=output is None)
+
+
+def follow(
+    module: torch.nn.Module,
+    context: BlockContext,
+    ledger: Ledger,
+    begin: Callable[[Reader], BlockHook] | None = None,
+    end: BlockEndHook | None = None,
+) -> None:
+    """Put the hooks on a model of the context's family.
+
+    Args:
+        begin: makes the pre-hook of a watched module from its reader; None: a :class:`BlockHook`.
+        end: hook after each; None: a :class:`BlockEndHook`.
+    """
+    for watched, read in context.family.watched(module):
+        ledger.pre_hook(watched, BlockHook(context, read) if begin is None else begin(read))
+        ledger.post_hook(watched, BlockEndHook(context) if end is None else end)
 
 
 def arguments_of(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,26 +269,47 @@ def arguments_of(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]
 
 def _tokens_and_shape(arguments: Mapping[str, Any], ids: str) -> tuple[torch.Tensor | None, tuple[int, int]]:
     tokens = arguments.get(ids)
-    shaped = tokens if tokens is not None else arguments["inputs_embeds"]
-    return tokens, (shaped.shape[0], shaped.shape[1])
+    shaped = tokens if tokens is not None else arguments.get("inputs_embeds")
+    return tokens, ((shaped.shape[0], shaped.shape[1]) if shaped is not None else (0, 0))  # the model will complain
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The K/V cache under either of its names; None for older forms than transformers' cache classes."""
+    cache = arguments.get("past_key_values")
+    cache = arguments.get("past_key_value") if cache is None else cache
+    return cache if hasattr(cache, "get_seq_length") else None
 
 
 def _read_sdar(arguments: Mapping[str, Any]) -> ForwardRead:
     """``store_kv=True`` writes; a forward with a cache and without it only reads."""
     tokens, shape = _tokens_and_shape(arguments, "input_ids")
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     return ForwardRead(tokens, shape, cache, cache_length(cache), bool(arguments.get("store_kv", False)))
 
 
+def _read_decoder(arguments: Mapping[str, Any]) -> ForwardRead:
+    """DiffusionGemma's decoder never writes."""
+    tokens, shape = _tokens_and_shape(arguments, "decoder_input_ids")
+    cache = cache_of(arguments)
+    conditioned = arguments.get("self_conditioning_logits") is not None
+    return ForwardRead(tokens, shape, cache, cache_length(cache), False, conditioned)
+
+
+def _read_encoder(arguments: Mapping[str, Any]) -> ForwardRead:
+    """DiffusionGemma's encoder writes all that it is given."""
+    tokens, shape = _tokens_and_shape(arguments, "input_ids")
+    cache = cache_of(arguments)
+    return ForwardRead(tokens, shape, cache, cache_length(cache), True)
+
+
 def _read_diffusion_gemma(arguments: Mapping[str, Any]) -> ForwardRead:
-    """The decoder never writes; prompt tokens in the same call enter the cache before it reads."""
-    cache, prompt = arguments.get("past_key_values"), arguments.get("input_ids")
-    canvas = arguments.get("decoder_input_ids")
-    prefix = cache_length(cache) + (prompt.shape[1] if prompt is not None else 0)
-    if canvas is None:  # the model draws one
-        rows = prompt.shape[0] if prompt is not None else 0
-        return ForwardRead(None, (rows, 0), cache, prefix, False)
-    return ForwardRead(canvas, (canvas.shape[0], canvas.shape[1]), cache, prefix, False)
+    """The whole model: prompt tokens in the same call enter the cache before the decoder reads it."""
+    read = _read_decoder(arguments)
+    prompt = arguments.get("input_ids")
+    if prompt is None:
+        return read
+    shape = read.shape if read.tokens is not None else (prompt.shape[0], 0)  # the model draws a canvas
+    return replace(read, shape=shape, prefix=read.prefix + prompt.shape[1])
 
 
 def _read_uncached(arguments: Mapping[str, Any]) -> ForwardRead:
@@ -274,7 +331,9 @@ def sdar_attentions(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]
     return [
         (name, sub)
         for name, sub in module.named_modules()
-        if all(hasattr(sub, part) for part in parts) and _mentions(type(sub).forward, "store_kv")
+        if all(hasattr(sub, part) for part in parts)
+        and _mentions(type(sub).forward, "store_kv")
+        and hasattr(sys.modules[type(sub).__module__], "apply_rotary_pos_emb")
     ]
 
 
@@ -303,8 +362,22 @@ def _is_full(module: torch.nn.Module) -> bool:
     )
 
 
-SDAR = BlockFamily("SDAR class", True, True, True, _read_sdar, _is_sdar)
-DIFFUSION_GEMMA = BlockFamily("DiffusionGemma", True, False, False, _read_diffusion_gemma, _is_diffusion_gemma)
-LLADA2 = BlockFamily("LLaDA2", True, True, False, _read_uncached, _is_llada2)
-FULL = BlockFamily("full bidirectional (LLaDA, Dream)", False, True, False, _read_uncached, _is_full)
+def _whole(read: Reader) -> Callable[[Any], list[tuple[torch.nn.Module, Reader]]]:
+    """The network without its head, which also runs where somebody calls ``model.forward`` past the model's hooks."""
+    return lambda module: [(module.base_model, read)]
+
+
+def _watched_diffusion_gemma(module: Any) -> list[tuple[torch.nn.Module, Reader]]:
+    """Its two halves: ``generate()`` calls the encoder by itself, and ``model.forward`` past the model's hooks."""
+    return [(module.model.encoder, _read_encoder), (module.model.decoder, _read_decoder)]
+
+
+SDAR = BlockFamily("SDAR class", True, True, True, _read_sdar, _is_sdar, _whole(_read_sdar))
+DIFFUSION_GEMMA = BlockFamily(
+    "DiffusionGemma", True, False, False, _read_diffusion_gemma, _is_diffusion_gemma, _watched_diffusion_gemma
+)
+LLADA2 = BlockFamily("LLaDA2", True, True, False, _read_uncached, _is_llada2, _whole(_read_uncached))
+FULL = BlockFamily(
+    "full bidirectional (LLaDA, Dream)", False, True, False, _read_uncached, _is_full, _whole(_read_uncached)
+)
 FAMILIES = (SDAR, DIFFUSION_GEMMA, LLADA2, FULL)
