@@ -12,7 +12,7 @@ import torch
 from hf_accel.errors import NotApplicable
 
 # Names under which pipelines keep the network that runs once per denoising step.
-DENOISER_COMPONENTS = ("transformer", "transformer_2", "transformer_3", "unet", "prior", "decoder", "dit")
+DENOISER_COMPONENTS = ("transformer", "transformer_2", "transformer_3", "unet", "prior", "decoder", "dit", "model")
 
 
 @dataclass(frozen=True)
