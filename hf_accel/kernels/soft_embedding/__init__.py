@@ -67,8 +67,7 @@ def entropy_lse(logits: torch.Tensor, temperature: float = 1.0, *, backend: str 
     """
     op = "entropy_lse"
     _check_logits(op, logits, temperature)
-    chosen = backend_for(logits, backend).backend
-    values, index = _entropy_lse(_three_axes(logits.detach()), temperature, chosen)
+    values, index = _entropy_lse(_three_axes(logits.detach()), temperature, backend)
     lead = logits.shape[:-1]
     top_logit, lse, entropy, *tempered = (value.view(lead) for value in values.unbind())
     lse_t, entropy_t = tempered or (lse, entropy)
@@ -141,8 +140,7 @@ def soft_embed(
     flat_lse = lse.detach().float().reshape(-1)
     if top_k is not None:
         return _soft_embed_top(logits, weight, flat_lse, temperature, scale, rows, top_k).to(out_dtype).view(*lead, -1)
-    chosen = backend_for(logits, backend, weight).backend
-    out = _soft_embed(_three_axes(logits), weight, flat_lse, rows, temperature, scale, out_dtype, chosen)
+    out = _soft_embed(_three_axes(logits), weight, flat_lse, rows, temperature, scale, out_dtype, backend)
     return out.view(*lead, weight.shape[1])
 
 
@@ -170,7 +168,8 @@ def _soft_embed_top(
 def _entropy_lse(logits: torch.Tensor, temperature: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """``[B, S, V]`` -> fp32 ``[3 or 5, B * S]`` (top logit, lse, entropy, and both at a temperature that is not 1)
     and int64 ``[B * S]``."""
-    if backend == "triton":
+    # Chosen in here and not by the caller, whose code torch.compile traces: asking a GPU its name would break it.
+    if backend_for(logits, backend).backend == "triton":
         from hf_accel.kernels.soft_embedding import triton
 
         # Triton launches on the current device, whatever the tensors are on.
@@ -200,7 +199,7 @@ def _soft_embed(
     backend: str,
 ) -> torch.Tensor:
     """``[B, S, V]``, ``[Vw, D]``, ``[B * S]`` -> ``[R, D]``."""
-    if backend == "triton":
+    if backend_for(logits, backend, weight).backend == "triton":
         from hf_accel.kernels.soft_embedding import triton
 
         with torch.cuda.device_of(logits):

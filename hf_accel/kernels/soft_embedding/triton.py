@@ -1,9 +1,6 @@
-"""Entropy statistics and soft embeddings on a GPU.
+"""Soft embeddings on a GPU; the statistics are in ``triton_statistics.py``.
 
-``entropy_lse`` is bound by reading the logits: a row is split over as many programs as fill the device, and a second,
-tiny kernel puts the parts together.
-
-``soft_embed`` with few rows is bound by reading the embeddings: 151,936 x 4,096 in bf16 are 1.24 GB, 0.37 ms at
+With few rows ``soft_embed`` is bound by reading the embeddings: 151,936 x 4,096 in bf16 are 1.24 GB, 0.37 ms at
 3.35 TB/s, whether there is one row or 64. The probability tile is made from the logits where a GEMM would load it. It
 is made once per tile of D, and the logits are read as often, from L2: programs of one stretch of the vocabulary are
 neighbours in the grid. Partial sums of the stretches are fp32 and are added in a fixed order. From
@@ -21,201 +18,17 @@ import triton
 import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.soft_embedding import triton_statistics
+from hf_accel.kernels.soft_embedding.triton_statistics import entropy_lse, multiprocessors, row_offset
 from hf_accel.kernels.tile import compute_capability, precision
 
 MOST_FUSED_ROWS = 128
 ROWS_AT_ONCE = 512  # of written probabilities: 152 MB of bf16 at V = 151,936
-STATISTICS_BLOCK = 4096
-STATISTICS_WARPS = 8
-FINISH_BLOCK = 1024
+WRITE_BLOCK = 4096
+WRITE_WARPS = 8
+ADD_BLOCK = 1024
 # Probabilities of a flat distribution over 151,936 tokens are subnormal in fp16; lifted by this they keep all digits.
 FP16_LIFT = 2.0**15
-
-_LAST: tl.constexpr = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def row_offset(row, num_inner, stride_b, stride_s):
-    """Where row ``row`` of the flattened ``[B * S, V]`` begins in ``[B, S, V]``."""
-    row = row.to(tl.int64)
-    return (row // num_inner) * stride_b + (row % num_inner) * stride_s
-
-
-@triton.jit
-def accumulate(x, drop, total, lost):
-    """Sums of ``exp(x)`` and ``x exp(x)``, going on from those relative to a largest logit that lay ``-drop`` lower.
-
-    ``x`` may be -inf, and so may ``drop`` as long as there is nothing to go on from.
-    """
-    decay = tl.exp(drop)
-    weight = tl.exp(x)
-    lost = decay * (lost + tl.where(total == 0, 0.0, drop * total)) + tl.sum(tl.where(weight == 0, 0.0, weight * x), 0)
-    return decay * total + tl.sum(weight, 0), lost
-
-
-@triton.jit
-def take_block(
-    Row, column, end, inverse_temperature, top, index, total, lost, total_t, lost_t,
-    RAGGED: tl.constexpr, TEMPERED: tl.constexpr,
-):  # fmt: skip
-    """The running statistics of a row with one block of its columns taken in."""
-    if RAGGED:
-        z = tl.load(Row + column, mask=column < end, other=float("-inf")).to(tl.float32)
-    else:
-        z = tl.load(Row + column).to(tl.float32)
-    block_top = tl.max(z, 0)
-    first = tl.min(tl.where(z == block_top, column, _LAST), 0)
-    index = tl.where(block_top > top, first, index)
-    new = tl.maximum(top, block_top)
-    base = tl.where(new == float("-inf"), 0.0, new)
-    x = z - base
-    drop = top - base
-    total, lost = accumulate(x, drop, total, lost)
-    if TEMPERED:
-        total_t, lost_t = accumulate(x * inverse_temperature, drop * inverse_temperature, total_t, lost_t)
-    return new, index, total, lost, total_t, lost_t
-
-
-@triton.jit(do_not_specialize=["num_inner", "vocabulary", "num_splits"])
-def statistics_kernel(
-    Logits,  # [B, S, V]
-    Sums,  # fp32 [3 or 5, N, splits]: the largest logit, then the two sums, and those at the temperature
-    Index,  # int32 [N, splits]
-    stride_b,
-    stride_s,
-    num_inner,
-    vocabulary,
-    share,  # blocks of columns per split
-    num_splits,
-    inverse_temperature,
-    TEMPERED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    split = tl.program_id(0)
-    row = tl.program_id(1)
-    Row = Logits + row_offset(row, num_inner, stride_b, stride_s)
-    begin = split * share * BLOCK
-    end = tl.minimum(begin + share * BLOCK, vocabulary)
-    full_end = begin + (end - begin) // BLOCK * BLOCK
-    lane = tl.arange(0, BLOCK)
-    top = float("-inf")
-    index = begin
-    total = 0.0
-    lost = 0.0
-    total_t = 0.0
-    lost_t = 0.0
-    # A mask of unknown length would break the loads of full blocks into single elements.
-    for start in range(begin, full_end, BLOCK):
-        top, index, total, lost, total_t, lost_t = take_block(
-            Row, start + lane, end, inverse_temperature, top, index, total, lost, total_t, lost_t, False, TEMPERED
-        )
-    if full_end < end:
-        top, index, total, lost, total_t, lost_t = take_block(
-            Row, full_end + lane, end, inverse_temperature, top, index, total, lost, total_t, lost_t, True, TEMPERED
-        )
-    cell = row.to(tl.int64) * num_splits + split
-    plane = tl.num_programs(1).to(tl.int64) * num_splits
-    tl.store(Index + cell, index)
-    tl.store(Sums + cell, top)
-    tl.store(Sums + plane + cell, total)
-    tl.store(Sums + 2 * plane + cell, lost)
-    if TEMPERED:
-        tl.store(Sums + 3 * plane + cell, total_t)
-        tl.store(Sums + 4 * plane + cell, lost_t)
-
-
-@triton.jit
-def lse_and_entropy(total, lost, base, drop):
-    """Of a row, from sums over parts of it, each relative to a largest logit that lies ``-drop`` below ``base``."""
-    decay = tl.exp(drop)
-    lost = tl.sum(tl.where(decay == 0, 0.0, decay * (lost + drop * total)), 0)
-    total = tl.sum(decay * total, 0)
-    entropy = tl.log(total) - lost / tl.where(total == 0, 1.0, total)
-    # Not maximum(), which would make 0 of NaN.
-    entropy = tl.where(entropy < 0, 0.0, entropy)
-    return base + tl.log(total), tl.where(total == 0, 0.0, entropy)
-
-
-@triton.jit(do_not_specialize=["num_splits"])
-def finish_statistics_kernel(
-    Sums,  # as statistics_kernel left them
-    Index,
-    Values,  # fp32 [3 or 5, N]: top logit, lse, entropy, and both at the temperature
-    TopIndex,  # int64 [N]
-    num_splits,
-    inverse_temperature,
-    TEMPERED: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0).to(tl.int64)
-    plane = rows * num_splits
-    lane = tl.arange(0, SPLITS)
-    inside = lane < num_splits
-    Sums += row * num_splits
-    tops = tl.load(Sums + lane, mask=inside, other=float("-inf"))
-    top = tl.max(tops, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    drop = tops - base
-    index = tl.load(Index + row * num_splits + lane, mask=inside, other=_LAST)
-    tl.store(TopIndex + row, tl.min(tl.where(tops == top, index, _LAST), 0).to(tl.int64))
-    tl.store(Values + row, top)
-    total = tl.load(Sums + plane + lane, mask=inside, other=0.0)
-    lost = tl.load(Sums + 2 * plane + lane, mask=inside, other=0.0)
-    lse, entropy = lse_and_entropy(total, lost, base, drop)
-    tl.store(Values + rows + row, lse)
-    tl.store(Values + 2 * rows + row, entropy)
-    if TEMPERED:
-        total = tl.load(Sums + 3 * plane + lane, mask=inside, other=0.0)
-        lost = tl.load(Sums + 4 * plane + lane, mask=inside, other=0.0)
-        lse, entropy = lse_and_entropy(total, lost, base * inverse_temperature, drop * inverse_temperature)
-        tl.store(Values + 3 * rows + row, lse)
-        tl.store(Values + 4 * rows + row, entropy)
-
-
-def entropy_lse(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`hf_accel.kernels.soft_embedding._entropy_lse`."""
-    batch, inner, vocabulary = logits.shape
-    rows, tempered = batch * inner, temperature != 1
-    values = logits.new_empty(5 if tempered else 3, rows, dtype=torch.float32)
-    top_index = logits.new_empty(rows, dtype=torch.int64)
-    if rows == 0:
-        return values, top_index
-    block = STATISTICS_BLOCK if logits.is_cuda else 64
-    # 8 warps per program: 8 programs fill a multiprocessor.
-    blocks = triton.cdiv(vocabulary, block)
-    share = triton.cdiv(blocks, min(triton.cdiv(8 * _multiprocessors(logits), rows), blocks))
-    splits = triton.cdiv(blocks, share)
-    sums = logits.new_empty(len(values), rows, splits, dtype=torch.float32)
-    index = logits.new_empty(rows, splits, dtype=torch.int32)
-    statistics_kernel[(splits, rows)](
-        logits,
-        sums,
-        index,
-        *logits.stride()[:2],
-        inner,
-        vocabulary,
-        share,
-        splits,
-        1.0 / temperature,
-        TEMPERED=tempered,
-        BLOCK=block,
-        num_warps=STATISTICS_WARPS,
-        enable_fp_fusion=True,
-    )
-    finish_statistics_kernel[(rows,)](
-        sums,
-        index,
-        values,
-        top_index,
-        splits,
-        1.0 / temperature,
-        TEMPERED=tempered,
-        SPLITS=triton.next_power_of_2(splits),
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
-    return values, top_index
 
 
 @triton.jit
@@ -400,7 +213,7 @@ def _fused(
     tile = tiles(compute_capability(weight), picked, weight.dtype)
     grid = triton.cdiv(dim, tile.d), triton.cdiv(picked, tile.m)
     steps = triton.cdiv(vocabulary, tile.v)
-    share = triton.cdiv(steps, _splits(grid[0] * grid[1], tile.programs * _multiprocessors(weight), steps))
+    share = triton.cdiv(steps, _splits(grid[0] * grid[1], tile.programs * multiprocessors(weight), steps))
     splits = triton.cdiv(steps, share)
     partial = out if splits == 1 else out.new_empty(splits, picked, dim, dtype=torch.float32)
     soft_embed_kernel[(*grid, splits)](
@@ -427,8 +240,8 @@ def _fused(
         enable_fp_fusion=True,
     )
     if splits > 1:
-        add_splits_kernel[(triton.cdiv(picked * dim, FINISH_BLOCK),)](
-            partial, out, picked * dim, splits, BLOCK=FINISH_BLOCK, num_warps=4, enable_fp_fusion=True
+        add_splits_kernel[(triton.cdiv(picked * dim, ADD_BLOCK),)](
+            partial, out, picked * dim, splits, BLOCK=ADD_BLOCK, num_warps=4, enable_fp_fusion=True
         )
 
 
@@ -444,7 +257,7 @@ def _written(
     vocabulary = logits.shape[2]
     # Rows that begin at multiples of 16 bytes, whatever the vocabulary: cuBLAS is slow without.
     p = weight.new_empty(len(rows), triton.cdiv(vocabulary, 8) * 8)[:, :vocabulary]
-    block = STATISTICS_BLOCK if logits.is_cuda else 64
+    block = WRITE_BLOCK if logits.is_cuda else 64
     constexprs = _constexprs(weight.dtype, True)
     lift = constexprs["LIFT"]
     probabilities_kernel[(triton.cdiv(vocabulary, block), len(rows))](
@@ -460,7 +273,7 @@ def _written(
         1.0 / temperature,
         **constexprs,
         BLOCK=block,
-        num_warps=STATISTICS_WARPS,
+        num_warps=WRITE_WARPS,
         enable_fp_fusion=True,
     )
     if lift == 1 and out_dtype == weight.dtype:
@@ -512,17 +325,13 @@ def _splits(programs: int, slots: int, steps: int) -> int:
     return next((s for s in candidates if busy(s) >= 0.9), max(candidates, key=busy))
 
 
-def _multiprocessors(tensor: torch.Tensor) -> int:
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
-
-
 def _constexprs(dtype: torch.dtype, has_rows: bool) -> dict[str, Any]:
     return {"HAS_ROWS": has_rows, "LIFT": FP16_LIFT if dtype == torch.float16 else 1.0}
 
 
 def aot_cases(cc: int) -> list[AotCase]:
     """Every tile of ``cc``, logits in the embeddings' dtype and in fp32, chosen rows, a width that no tile divides."""
-    cases = []
+    cases = triton_statistics.aot_cases(cc)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     for dtype, logits, rows, dim, has_rows in [
         (torch.bfloat16, "bf16", 16, 4096, False),
@@ -545,19 +354,12 @@ def aot_cases(cc: int) -> list[AotCase]:
                 tile.num_stages,
             )
         )
-    for dtype in ("bf16", "fp32"):
-        for tempered in (False, True):
-            types = {"Logits": dtype, "Sums": "fp32", "Index": "i32", "inverse_temperature": "fp32"}
-            constexprs = {"TEMPERED": tempered, "BLOCK": STATISTICS_BLOCK}
-            name = f"statistics {dtype}{' tempered' if tempered else ''}"
-            cases.append(make_case(name, statistics_kernel, constexprs, types, STATISTICS_WARPS))
-    for splits in (1, 128):
-        types = {"Sums": "fp32", "Index": "i32", "Values": "fp32", "TopIndex": "i64", "inverse_temperature": "fp32"}
-        constexprs = {"TEMPERED": True, "SPLITS": splits}
-        cases.append(make_case(f"finish {splits} splits", finish_statistics_kernel, constexprs, types, 1))
     types = {"Logits": "fp32", "Lse": "fp32", "Rows": "i64", "Out": "bf16", "inverse_temperature": "fp32"}
-    constexprs = _constexprs(torch.bfloat16, True) | {"BLOCK": STATISTICS_BLOCK}
-    cases.append(make_case("probabilities", probabilities_kernel, constexprs, types, STATISTICS_WARPS))
+    constexprs = _constexprs(torch.bfloat16, True) | {"BLOCK": WRITE_BLOCK}
+    cases.append(make_case("probabilities", probabilities_kernel, constexprs, types, WRITE_WARPS))
     types = {"Partial": "fp32", "Out": "bf16"}
-    cases.append(make_case("add splits", add_splits_kernel, {"BLOCK": FINISH_BLOCK}, types, 4))
+    cases.append(make_case("add splits", add_splits_kernel, {"BLOCK": ADD_BLOCK}, types, 4))
     return cases
+
+
+__all__ = ["aot_cases", "entropy_lse", "soft_embed"]
