@@ -10,11 +10,14 @@
     hf_accel.save_trained(pipe, "my-sla")
 
 Any method whose facts say ``backward`` and that names ``trainable_parameters()`` can be trained. See docs/training.md.
+Masked diffusion language models are trained for residual context diffusion by :class:`RCDTrainer`. See docs/rcd.md.
 """
 
 from hf_accel.train.config import FinetuneConfig
 from hf_accel.train.finetuner import Finetuner
 from hf_accel.train.history import History
+from hf_accel.train.rcd import RCDTrainer
+from hf_accel.train.rcd_config import RCDTrainingConfig
 from hf_accel.train.teacher import teacher
 
-__all__ = ["FinetuneConfig", "Finetuner", "History", "teacher"]
+__all__ = ["FinetuneConfig", "Finetuner", "History", "RCDTrainer", "RCDTrainingConfig", "teacher"]

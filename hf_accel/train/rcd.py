@@ -352,7 +352,7 @@ class RCDTrainer:
             try:
                 self.model.train()
                 if self.config.gradient_checkpointing and not repeats:
-                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                    _checkpointing(model, "enable")
                 if self._random is not None:
                     checkpoints.set_random_state(self._random)
                 else:
@@ -360,7 +360,7 @@ class RCDTrainer:
                 yield
             finally:
                 if self.config.gradient_checkpointing and not repeats:
-                    model.gradient_checkpointing_disable()
+                    _checkpointing(model, "disable")
                 for module, mode in modes:
                     module.training = mode
                 self.optimizer.zero_grad(set_to_none=True)
@@ -371,6 +371,12 @@ class RCDTrainer:
         off = not self.config.progress or not self.accelerator.is_main_process
         words = f"rcd stage {self.config.stage}"
         return tqdm(total=self.config.steps, initial=self.step, desc=words, disable=off)
+
+
+def _checkpointing(model: Any, which: str) -> None:
+    """Recompute activations in the backward, or not; transformers is changing the name of it."""
+    name = f"activation_checkpointing_{which}"
+    getattr(model, name if hasattr(model, name) else f"gradient_checkpointing_{which}")()
 
 
 def _vocabulary(model: Any) -> int:
