@@ -464,12 +464,12 @@ def test_half_precision(dtype):
 
 def test_under_torch_compile():
     pipe = pipeline()
-    tokens, _ = generate(pipe)
+    tokens, _ = generate(pipe, num_inference_steps=2)
     with hf_accel.apply(pipe, "prefix-cache") as applied:
         graphs = CompileCounter()
         pipe.model = torch.compile(pipe.model, backend=graphs, dynamic=True, fullgraph=True)
-        for length in (24, 24, 40):
-            ours, _ = generate(pipe, gen_length=length)
+        for length in (24, 40):
+            ours, _ = generate(pipe, gen_length=length, num_inference_steps=2)
             assert torch.equal(ours[:, :16], tokens[:, :16])
         assert run_of(applied).cached_forwards > 0
         assert 0 < graphs.frame_count <= 5  # prefill, steps, first steps of a block, the model's own: of any length
