@@ -40,6 +40,7 @@ def commands(gpu: bool, quality: bool) -> list[list[str]]:
     heads = ["40", "128"] if gpu else ["4", "64"]
     bench = ["-m", "hf_accel.cli", "bench", "attention", "--grid", *grid, "--heads", heads[0], "--head-dim", heads[1]]
     runs.append([*bench, "--json", f"attention_methods_{where}.json", "--picture", f"attention_methods_{where}.png"])
+    runs.append(["losa_step.py", "--json", f"losa_step_{where}.json"])
     runs.append(["break_even.py"])
     if gpu:
         runs.append(["deepcache_gpu.py", "--json", "deepcache_gpu.json"])
@@ -49,6 +50,7 @@ def commands(gpu: bool, quality: bool) -> list[list[str]]:
         runs.append(["svg2_quality.py", "--json", "svg2_quality.json", "--plot", "svg2_quality.png"])
         caches = str(HERE.parent / "docs" / "img" / "deepcache.png")
         runs.append(["deepcache.py", "--json", "deepcache.json", "--picture", caches])
+        runs.append(["losa_quality.py", "--json", "losa_quality.json"])
     return runs
 
 

@@ -357,6 +357,91 @@ JUDGED = [
     ("fresh", "mini-sd, fresh prompts"),
 ]
 
+
+def losa_quality(data: dict[str, Any]) -> str:
+    """losa and quest on mini-sdar at equal budgets."""
+    rows = [
+        [
+            str(r["prefix"]),
+            r["row"],
+            f"{r['accuracy']['all']:.3f}",
+            *(f"{r['accuracy'][task]:.2f}" for task in data["tasks"]),
+            f"{r['density']:.3f}",
+            f"{r['later_density']:.3f}" if r["later_density"] is not None else "",
+            f"{r['later_active']:.2f}" if r["later_active"] is not None else "",
+            f"{r['later_pages']:.1f}" if r["later_pages"] is not None else "",
+            f"{r['attention_ratio']:.2f}",
+            f"{r['whole_ratio']:.2f}",
+        ]
+        for r in data["records"]
+    ]
+    head = [
+        "prefix", "row", "accuracy", *data["tasks"], "density", "later", "active", "pages", "attention x", "whole x",
+    ]  # fmt: skip
+    call = data["call"]
+    return (
+        f"{data['items']} held-out items of each task and prefix, batches of {data['batch']}, greedy, rule "
+        f"{call['rule']!r} with {call['steps']} steps per block of 16, pages of {data['page_size']}. Accuracy is the "
+        "mean over tasks. Density: prefix keys read per KV head over the steps of a block; later: without the first; "
+        "active: share of the block's tokens computed anew, pages: read per KV head, both in later steps. Ratios are "
+        "time of the model's own attention (K/V concatenated) over this one's, medians over batches; whole: prefill "
+        f"included. {machine(data['machine'])}\n\n{table(head, rows)}\n\n{losa_against_quest(data)}"
+    )
+
+
+def losa_against_quest(data: dict[str, Any]) -> str:
+    """Where losa is less accurate than quest, or reads more, in words."""
+    rows = {(r["prefix"], r["row"]): r for r in data["records"]}
+    behind, pages = [], []
+    pairs = [
+        (p, b, ref)
+        for p in sorted({r["prefix"] for r in data["records"]})
+        for b in data["budgets"]
+        for ref in ("prev", "anchor")
+    ]
+    for prefix, budget, reference in pairs:
+        losa, quest = rows[prefix, f"losa {reference} {budget}"], rows[prefix, f"quest {budget}"]
+        lost = quest["accuracy"]["all"] - losa["accuracy"]["all"]
+        if lost > 0:
+            behind.append(f"{reference} at prefix {prefix}, budget {budget} ({100 * lost:.1f} points)")
+        pages.append(quest["later_pages"] / losa["later_pages"])
+    words = f"losa is less accurate than quest in {len(behind)} of {len(pairs)} settings"
+    return (
+        f"Against quest with a dense first step, {words}{': ' + '; '.join(behind) if behind else ''}. It reads "
+        f"{min(pages):.2f} to {max(pages):.2f} times fewer pages in later steps."
+    )
+
+
+def losa_step(data: dict[str, Any]) -> str:
+    """Attention time of one denoising step."""
+    rows = [
+        [
+            str(r["prefix"]),
+            f"{r['alike']:g}",
+            r["variant"] + (f" {r['budget']}" if r["budget"] else ""),
+            f"{r['density']:.3f}",
+            f"{r['p50_ms']:.3f}",
+            f"{r['p20_ms']:.3f} to {r['p80_ms']:.3f}",
+            f"{r['step_ms']:.1f}",
+            f"{r['ratio']:.2f}",
+            f"{r['ratio_to_best_exact']:.2f}",
+            f"{r['bound']:.2f}",
+        ]
+        for r in data["records"]
+    ]
+    head = ["prefix", "alike", "variant", "density", "layer, ms", "p20 to p80", "step, ms"]
+    head += ["dense x", "best exact x", "bound x"]
+    first = data["records"][0]
+    return (
+        f"One layer of {first['heads']} query and {first['kv_heads']} KV heads of {first['head_dim']}, block "
+        f"{first['block']}, {first['dtype']}; a step is {first['layers']} such layers, attention alone. Dense: K/V "
+        "concatenated, then SDPA; joined: SDPA alone. alike: what synthetic queries of a block share, 0 is the worst "
+        "case for pages. Best exact: the fastest row of density 1; bound: of that ratio, by bytes or by "
+        "multiplications, whichever allows more. "
+        f"{machine(data['machine'])}\n\n{table(head, rows)}"
+    )
+
+
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("svg2_quality.json", "Quality of svg2 on mini-wan", quality),
     ("sparse_quality.json", "Sparse attention methods on mini-wan", sparse_quality),
@@ -372,6 +457,9 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("deepcache_macs.json", "MACs of deepcache on Stable Diffusion 1.5 and XL", deepcache_macs),
     ("mini_sd_judge.json", "What mini-sd shows of its prompts", mini_sd_judge),
     ("deepcache_gpu.json", "deepcache on Stable Diffusion 1.5 and XL, on a GPU", deepcache_gpu),
+    ("losa_quality.json", "losa and quest on mini-sdar", losa_quality),
+    ("losa_step_cpu.json", "Attention of a denoising step against a long prefix, on a CPU", losa_step),
+    ("losa_step_gpu.json", "Attention of a denoising step against a long prefix, on a GPU", losa_step),
     ("svg2_attention_cpu.json", "Attention time of svg2 on a CPU", svg2_attention),
     ("svg2_attention_gpu.json", "Attention time of svg2 on a GPU", svg2_attention),
     ("variable_block_attention_cpu.json", "Kernel variable_block_attention on a CPU", attention_kernel),
