@@ -44,7 +44,7 @@ def select_pages(scores: torch.Tensor, count: int, kv_heads: int) -> tuple[torch
     width = min(pages, heads // kv_heads * rows * count)
     best, index = scores.topk(min(count, pages), dim=-1)
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, best > NEG_INF)
-    union = chosen.view(batch, kv_heads, -1, pages).any(2)
+    union = chosen.view(batch, kv_heads, heads // kv_heads * rows, pages).any(2)
     # a stable sort puts the chosen pages in front, ascending
     order = (~union).to(torch.int8).argsort(dim=-1, stable=True)[..., :width].int()
     counts = union.sum(-1, dtype=torch.int32)
@@ -67,7 +67,7 @@ def attention(
     """``seen`` bool, broadcastable to ``[B, Hkv, g A, P]``, with the rows of a KV head packed."""
     batch, heads, rows, dim = q.shape
     kv_heads = k.shape[1]
-    packed = _wide(q).reshape(batch, kv_heads, -1, dim)
+    packed = _wide(q).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
     logits = scale * packed @ _wide(k).transpose(-1, -2)
     value = _wide(v)
     if seen is not None:
@@ -77,7 +77,7 @@ def attention(
     lse = logits.logsumexp(-1) if k.shape[2] else logits.new_full(logits.shape[:-1], NEG_INF)
     weights = (logits - lse.masked_fill(lse == NEG_INF, 0)[..., None]).exp()
     out = weights @ value
-    return out.view(batch, heads, rows, -1), lse.view(batch, heads, rows)
+    return out.view(batch, heads, rows, dim), lse.view(batch, heads, rows)
 
 
 def page_attention(
@@ -121,7 +121,7 @@ def block_merge(
     seen = None
     if mask is not None:
         batch, heads, rows, _ = q.shape
-        seen = mask.expand(batch, heads, rows, -1).reshape(batch, k.shape[1], -1, mask.shape[-1])
+        seen = mask.expand(batch, heads, rows, rows).reshape(batch, k.shape[1], -1, rows)
     out, lse = attention(q, k, v, scale, seen)
     return lse_merge(prefix_out, prefix_lse, out, lse)[0].to(q.dtype)
 
@@ -130,6 +130,8 @@ def active_topk(
     q: torch.Tensor, q_ref: torch.Tensor, count: int, forced: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     delta = (_wide(q) - _wide(q_ref)).square().sum((1, 3))
-    rank = delta if forced is None else delta.masked_fill(forced, float("inf"))
+    # NaN is no distance: such a row is computed anew like a forced one.
+    first = delta.isnan() if forced is None else delta.isnan() | forced
+    rank = delta.masked_fill(first, float("inf"))
     chosen = rank.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     return chosen.sort(-1).values, delta
