@@ -6,47 +6,19 @@ import copy
 
 import pytest
 import torch
+from tiny_sdar import BLOCK, MASK, PAD, VOCABULARY, padded, prompt, sdar
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb  # noqa: F401  as the released module has it
 
 from hf_accel import generate_blocks
 from hf_accel.generation.commit_rules import commit, even_split, propose
-from hf_accel.zoo.sdar import SDARAttention, SDARConfig, SDARForCausalLM, block_causal_mask
-
-BLOCK, MASK, PAD, VOCABULARY = 4, 90, 91, 92
-
-
-def sdar(seed: int = 0, **overrides) -> SDARForCausalLM:
-    config = SDARConfig(**{
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
-        "block_size": BLOCK, "mask_token_id": MASK, "pad_token_id": PAD, "eos_token_id": None, "bos_token_id": None,
-    } | overrides)  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SDARForCausalLM(config).eval()
-    with torch.no_grad():  # at the initial scale all logits are alike: nothing that is computed would show
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8.0)
-    return model
+from hf_accel.zoo.sdar import SDARAttention, SDARForCausalLM, block_causal_mask
 
 
 @pytest.fixture(scope="module")
 def model() -> SDARForCausalLM:
     return sdar()
-
-
-def prompt(length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(MASK, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(p.shape[1] for p in prompts)
-    ids = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0), value=PAD) for p in prompts])
-    mask = torch.stack([torch.arange(width) >= width - p.shape[1] for p in prompts]).long()
-    return ids, mask
 
 
 class Watch:

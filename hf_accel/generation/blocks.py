@@ -10,7 +10,8 @@ Decisions where the released sampler leaves none (it serves one prompt at a time
   whole blocks of padding go in front of shorter prefixes, and what is left of a prompt (its last, partial block) stands
   at the head of the first active block. So a batch computes what its rows compute one by one.
 * A row that is finished leaves the batch, and the cache, before the next block: that copies the rows that stay once,
-  where an idle row would have its whole prefix read again at every step to come. Within a block it idles.
+  where an idle row would have its whole prefix read again at every step to come. Within a block it idles, and it goes
+  along when the block is written to the cache: methods on the model know that forward by its rows.
 * The last block is denoised at full length, as trained, and cut. A row stops as soon as all that is wanted of its block
   is committed, tokens before a committed stop token included: committed tokens are final, so this changes nothing.
 * `temperature=0` is the most probable token (the released sampler divides by it), and the mask token is never drawn.
@@ -187,11 +188,10 @@ def generate_blocks(
             kept = canvas.going_on(number, stopped)
             if not kept:
                 break
+            network.store(tokens, mask, positions)
             if len(kept) < len(canvas.rows):
                 canvas.keep(kept)
                 network.keep(kept)
-                tokens, mask, positions = canvas.block(number)
-            network.store(tokens, mask, positions)
 
     sequences, lengths = canvas.text()
     if streamer is not None:

@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from hf_accel.kernels.soft_embedding import entropy_lse
+
 Rule = Literal["dynamic", "static", "sequential", "threshold", "entropy"]
 RULES: tuple[str, ...] = get_args(Rule)
 
@@ -67,11 +69,11 @@ def propose(
     """
     if banned is not None:
         logits = logits.index_fill(-1, torch.tensor([banned], device=logits.device), -torch.inf)
-    logits = logits.float()
     if temperature == 0:
-        top, token = logits.max(-1)
-        lse = torch.logsumexp(logits, -1)
-        return Proposal(token, (top - lse).exp(), _entropy(logits - lse[..., None]) if entropy else None)
+        found = entropy_lse(logits.float() if logits.dtype == torch.float64 else logits)
+        confidence = (found.top_logit - found.lse).exp()
+        return Proposal(found.top_index, confidence, found.entropy if entropy else None)
+    logits = logits.float()
     # Against the row's maximum: a small temperature must not push the logits out of float's range.
     log_p = _keep_top((logits - logits.amax(-1, keepdim=True)) / temperature, top_k, top_p).log_softmax(-1)
     noise = torch.ones_like(log_p)
@@ -81,7 +83,7 @@ def propose(
     # argmax of p/E with E ~ Exp(1) draws from p (exponential race), with one stream per row and no prefix sums over V.
     token = (log_p - noise.clamp_min(torch.finfo(noise.dtype).tiny).log()).argmax(-1)
     confidence = log_p.gather(-1, token[..., None])[..., 0].exp()
-    return Proposal(token, confidence, _entropy(log_p) if entropy else None)
+    return Proposal(token, confidence, torch.special.entr(log_p.exp()).sum(-1) if entropy else None)
 
 
 def commit(
@@ -144,7 +146,3 @@ def _keep_top(scores: Tensor, top_k: int, top_p: float) -> Tensor:
         beyond[..., 0] = False
         scores = scores.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     return scores
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    return torch.special.entr(log_p.exp()).sum(-1)
