@@ -352,9 +352,10 @@ def test_a_row_with_its_own_generator_draws_the_same_in_any_batch(model):
     assert len(set(together.lengths)) > 1
 
 
-def test_equal_rows_of_a_batch_draw_different_texts(model):
+def test_one_generator_gives_every_row_its_own_stream(model):
     out = drawn(model, prompt(9).expand(3, -1))
     assert len({tuple(row) for row in out.tolist()}) == 3
+    assert torch.equal(out[:1], drawn(model, prompt(9)))
 
 
 def test_top_k_1_and_top_p_0_are_greedy(model):
@@ -455,17 +456,24 @@ def test_a_model_in_training_mode_is_told_and_left_in_it():
 
 
 def test_one_wait_per_step(model, monkeypatch):
-    """Reading a tensor from Python is what waits for a device; count it around the forwards."""
-    reads = []
+    """What waits for a device: reading a tensor from Python, and making one from Python's numbers."""
+    waits = []
+
+    def count(owner, name):
+        native = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: (waits.append(name), native(*args, **kwargs))[1])
+
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "nonzero"):
-        native = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda self, *a, _n=name, _f=native, **k: (reads.append(_n), _f(self, *a, **k))[1]
-        )
-    counts = {}
-    for new in (4, 8, 16):
-        reads.clear()
-        out = generate_blocks(model, prompt(8), max_new_tokens=new, rule="static", return_dict=True)
-        counts[out.denoising_steps[0]] = len(reads)
-    assert counts[8] - counts[4] == 4
-    assert counts[16] - counts[8] == 8
+        count(torch.Tensor, name)
+    count(torch, "tensor")
+
+    def total(new: int, **settings) -> int:
+        waits.clear()
+        out = generate_blocks(model, prompt(8), max_new_tokens=new, rule="static", return_dict=True, **settings)
+        assert out.denoising_steps == [new]
+        return len(waits)
+
+    assert total(8) - total(4) == 4
+    assert total(16) - total(8) == 8
+    drawn = [total(new, temperature=1.0, top_k=5, top_p=0.9, generator=torch.Generator()) for new in (4, 8)]
+    assert drawn[1] - drawn[0] == 4

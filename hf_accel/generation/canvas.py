@@ -99,6 +99,9 @@ class Canvas:
     def _positions(self, low: int, high: int) -> Tensor:
         return (self._slots(low, high) - self._first).clamp_min(0)
 
+    def _is_stop(self, tokens: Tensor) -> Tensor:
+        return (tokens[..., None] == self._stops).any(-1)
+
     def prefix(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens ``[B, n]``, block-causal mask bool ``[B, 1, n, high]`` and positions of whole blocks of the prompt."""
         slots = self._slots(0, high)
@@ -134,7 +137,7 @@ class Canvas:
         """
         low = self.slot(number)
         slots = self._slots(low, low + self._block)
-        stop = torch.isin(tokens, self._stops) & (slots >= self._begin)
+        stop = self._is_stop(tokens) & (slots >= self._begin)
         wanted = (slots < self._end) & (stop.cumsum(-1) == 0)
         pending = (tokens == self._mask_token) & wanted
         left, stopped = torch.stack([pending.sum(-1), stop.any(-1)]).tolist()
@@ -159,7 +162,7 @@ class Canvas:
         """What block ``number`` adds to the text of the first row, int64 ``[n]`` on the CPU."""
         low, high = self.slot(number), self.slot(number + 1)
         text = self._written[0, max(low, self._begins[0]) : min(high, self._ends[0])]
-        stop = torch.isin(text, self._stops)
+        stop = self._is_stop(text)
         return text[stop.cumsum(-1) - stop.long() == 0].cpu()
 
     def text(self) -> tuple[Tensor, list[int]]:
@@ -167,7 +170,7 @@ class Canvas:
         new = self._ends[0] - self._begins[0]
         begin = torch.tensor(self._begins, device=self._written.device)[:, None]
         tokens = self._written.gather(1, begin + self._slots(0, new))
-        stop = torch.isin(tokens, self._stops).long()
+        stop = self._is_stop(tokens).long()
         valid = stop.cumsum(-1) - stop == 0
         lengths = valid.sum(-1).tolist()
         tokens = torch.where(valid, tokens, self._pad)[:, : max(lengths)]

@@ -68,7 +68,8 @@ def propose(
         entropy: whether the rule wants it.
     """
     if banned is not None:
-        logits = logits.index_fill(-1, torch.tensor([banned], device=logits.device), -torch.inf)
+        logits = logits.clone()
+        logits[..., banned] = -torch.inf
     if temperature == 0:
         found = entropy_lse(logits.float() if logits.dtype == torch.float64 else logits)
         confidence = (found.top_logit - found.lse).exp()
