@@ -489,6 +489,37 @@ def test_inside_peft():
         assert run_of(applied).cached_forwards > 0
 
 
+@pytest.mark.parametrize("first", ["hooks", "method"])
+def test_beside_hooks_of_accelerate(first):
+    hooks = pytest.importorskip("accelerate.hooks")
+    pipe = pipeline()
+    tokens, _ = generate(pipe)
+    if first == "hooks":
+        hooks.add_hook_to_module(pipe.model, hooks.ModelHook())
+    applied = hf_accel.apply(pipe, "prefix-cache")
+    if first == "method":
+        hooks.add_hook_to_module(pipe.model, hooks.ModelHook())
+    assert torch.equal(generate(pipe)[0], tokens)
+    assert run_of(applied).cached_forwards > 0
+    applied.revert()
+    forwards = run_of(applied).forwards
+    assert torch.equal(generate(pipe)[0], tokens)
+    assert run_of(applied).forwards == forwards
+
+
+@pytest.mark.filterwarnings("ignore:.*RCD")  # the weights are not declared RCD's
+def test_beside_residuals_on_the_embeddings():
+    """rcd sees embeddings of fewer rows and logits of the last block only, and must find the same positions."""
+    pipe = pipeline()
+    plain, _ = generate(pipe)
+    with hf_accel.apply(pipe, "rcd", mask_token_id=MASK):
+        tokens, _ = generate(pipe)
+    with hf_accel.apply(pipe, {"rcd": {"mask_token_id": MASK}, "prefix-cache": {}}) as applied:
+        assert torch.equal(generate(pipe)[0], tokens)
+        assert applied.stats()["model"]["prefix-cache"]["cached_forwards"] > 0
+    assert not torch.equal(tokens, plain)
+
+
 def test_one_model_in_two_pipelines():
     model = llada2.build()
     first, second = pipeline(model), pipeline(model)
