@@ -214,6 +214,7 @@ def test_hook_equals_embeddings_made_by_hand(settings, tied):
     assert run.rows == 2 * 2 * 6
     assert 0 < run.mean_weight < 1
     assert run.forwards == {"denoise": 8, "prefill": 1, "commit": 2}
+    assert run.blocks == 2
     assert not run.dense_calls
 
 
@@ -401,6 +402,43 @@ def test_compiled_model_computes_the_same():
     assert close(ours[0], eager[0])
 
 
+def test_beside_exact_attention_it_computes_the_same():
+    model, ids = sdar(), prompt(2)
+    with put(model):
+        alone = sample(model, ids)
+    with hf_accel.apply(model, {"prefix-split": {}, "rcd": {"trained": True}}) as applied:
+        ours = sample(model, ids)
+        assert [entry.run.forwards["denoise"] for entry in applied.report()] == [8, 8]
+    assert torch.equal(ours[1], alone[1])
+    assert close(ours[0], alone[0])
+
+
+def test_scaled_embeddings_are_mixed_as_they_leave_the_module():
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    model, ids = sdar(), prompt()
+    with put(model):
+        plain = sample(model, ids)
+    scaled = Gemma3TextScaledWordEmbedding(64, 32, None, embed_scale=4.0)
+    scaled.weight.data = model.model.embed_tokens.weight.data / 4
+    model.model.embed_tokens = scaled
+    with put(model):
+        ours = sample(model, ids)
+    assert torch.equal(ours[1], plain[1])
+    assert close(ours[0], plain[0])
+
+
+def test_an_embedding_that_was_replaced_after_apply_is_counted():
+    model = sdar()
+    with put(model) as applied:
+        model.model.embed_tokens = copy.deepcopy(model.model.embed_tokens)
+        model.model.embed_tokens._forward_hooks.clear()
+        sample(model, prompt())
+        run = applied.report().entries[0].run
+    assert run.dense_calls == {"the hooked embedding did not run: it was replaced after apply": 6}
+    assert run.steps == 0
+
+
 def test_offloaded_model_computes_the_same():
     from accelerate import cpu_offload
 
@@ -454,6 +492,8 @@ def test_full_bidirectional_models(family):
     assert not close(first[0], plain[0], 1e-3)
     assert torch.equal(first[0][0], plain[0][0])
     assert all(torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True))
+    assert run.forwards == {"whole": 15}
+    assert run.blocks == 3
     assert not run.dense_calls
 
 

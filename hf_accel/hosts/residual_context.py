@@ -58,8 +58,7 @@ class ResidualStatistics:
     """What the site did since it was applied. Sums stay on their device."""
 
     forwards: Counter[str] = field(default_factory=Counter)  # by phase
-    generations: int = 0
-    blocks: int = 0
+    blocks: int = 0  # begun: first steps, of blocks or of whole sequences
     steps: int = 0  # denoising steps in which rows were replaced
     rows: int = 0
     dense_calls: Counter[str] = field(default_factory=Counter)
@@ -80,7 +79,6 @@ class ResidualStatistics:
     def to_dict(self) -> dict[str, Any]:
         return {
             "forwards": dict(self.forwards),
-            "generations": self.generations,
             "blocks": self.blocks,
             "residual_steps": self.steps,
             "residual_rows": self.rows,
@@ -93,7 +91,7 @@ class ResidualStatistics:
         """What ran, for the printed report."""
         phases = ", ".join(f"{n} {phase}" for phase, n in self.forwards.most_common())
         weight = f" with mean weight {self.mean_weight:.3f}" if self.rows else ""
-        ran = f"{sum(self.forwards.values())} forwards ({phases or 'none'}) in {self.generations} generations"
+        ran = f"{sum(self.forwards.values())} forwards ({phases or 'none'}) in {self.blocks} blocks"
         lines = [
             f"  ran       {ran}",
             f"  residual  {self.rows} rows in {self.steps} steps{weight}",
@@ -130,7 +128,8 @@ class ResidualContext:
     def _drop(self) -> None:
         self._kept: Kept | None = None  # of the last step
         self._pending: Kept | None = None  # for the embedding of this forward
-        self._tokens: torch.Tensor | None = None  # of this forward, if it is a step with masks
+        self._tokens: torch.Tensor | None = None  # of this forward, if it is a step
+        self._first = False  # and no row of it goes on from another
 
     def __getstate__(self) -> dict[str, Any]:
         # For copies: the request that runs is the original's.
@@ -147,7 +146,6 @@ class ResidualContext:
             return
         step = self.clock.begin(arguments)
         self.run.forwards[step.phase] += 1
-        self.run.generations = max(self.run.generations, step.generation + 1)
         if step.phase in ("prefill", "commit"):
             if self.start is not None:
                 self.start.follow(arguments, step)
@@ -159,6 +157,7 @@ class ResidualContext:
         opened = tokens == self.mask_token
         if kept is not None:
             kept = self._go_on(kept, step, tokens, opened)
+        self._first = kept is None
         if self.start is not None:
             kept = self._begin_rows(module, arguments, step, kept, opened)
         self._pending, self._tokens = kept, tokens.clone()
@@ -176,7 +175,7 @@ class ResidualContext:
         if step.phase == "whole":
             void |= ~changed.any()  # a sampler commits something at every step
         slots = kept.slots.masked_fill(void[:, None] | ~opened, -1)
-        return Kept(tokens, slots, kept.logits)
+        return Kept(tokens, slots, kept.logits) if bool((slots >= 0).any()) else None
 
     def _begin_rows(
         self, module: Any, arguments: Mapping[str, Any], step: BlockStep, kept: Kept | None, opened: torch.Tensor
@@ -221,7 +220,7 @@ class ResidualContext:
 
     def end(self, output: Any) -> None:
         """The forward gave ``output``; None: it raised."""
-        tokens, pending = self._tokens, self._pending
+        tokens, pending, first = self._tokens, self._pending, self._first
         self._drop()
         self.clock.end(raised=output is None)
         if tokens is None or output is None:
@@ -235,6 +234,7 @@ class ResidualContext:
         if rows is None:
             self.run.dense_calls[NO_LOGITS] += 1
         elif len(rows):
+            self.run.blocks += first
             slots = torch.full_like(tokens, -1)
             slots[opened] = torch.arange(len(rows), device=tokens.device)
             self._kept = Kept(tokens, slots, rows)
@@ -330,7 +330,7 @@ def install(
     run = ResidualStatistics()
     report.run = run
     family: Any = family_of(module)
-    clock = BlockContext(family, token)
+    clock = BlockContext(family, token, tokens=False)  # tokens are compared here, row by row
     context = ResidualContext(core, clock, token, logit_shift_of(module) if shift is None else shift, start, run)
     ledger.set(module, _ATTRIBUTE, context)
     name = next((name for name, sub in module.named_modules() if sub is embedding), "")
