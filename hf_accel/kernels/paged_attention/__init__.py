@@ -10,7 +10,7 @@ No operation here waits for the device, and shapes of results follow from shapes
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,12 +67,7 @@ def page_minmax(
     """
     _check_cache(k, None, valid)
     _check_page_size(page_size)
-    pages = -(-k.shape[2] // page_size)
-    low = k.new_empty(*k.shape[:2], pages, k.shape[3])
-    high = torch.empty_like(low)
-    if low.numel():
-        page_minmax_into(k, page_size, low, high, 0, valid, backend=backend)
-    return low, high
+    return _page_minmax(k, page_size, valid, backend_for(k, backend).backend)
 
 
 def page_minmax_into(
@@ -176,13 +171,17 @@ def page_attention(
 
 
 def lse_merge(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor, *, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over two disjoint sets of keys from the attention over each: :func:`hf_accel.attention.merge.merge_lse`
-    in fp32. ``out`` ``[..., D]``, ``lse`` ``[...]``; -inf where a row saw no key of that set."""
-    from hf_accel.kernels.paged_attention import reference
+    """Attention over two disjoint sets of keys from the attention over each, in fp32.
 
-    return reference.lse_merge(out_a, lse_a, out_b, lse_b)
+    ``out`` ``[..., D]``, ``lse`` ``[...]``; -inf where a row saw no key of that set, whose ``out`` is then not read.
+    """
+    checks.expect_one_device(OP, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    if out_a.shape != out_b.shape or not lse_a.shape == lse_b.shape == out_a.shape[:-1]:
+        shapes = ", ".join(str(list(x.shape)) for x in (out_a, lse_a, out_b, lse_b))
+        raise UnsupportedByKernel(f"{OP}: out must be alike, [..., D], and lse [...]; got {shapes}.")
+    return _lse_merge(out_a, lse_a, out_b, lse_b, backend_for(out_a, backend).backend)
 
 
 def block_merge(
@@ -234,7 +233,7 @@ def active_topk(
 def _check_cache(k: torch.Tensor, v: torch.Tensor | None, valid: torch.Tensor | None) -> None:
     checks.expect(OP, "k", k, {"B": None, "Hkv": None, "P": None, "D": None})
     if v is not None:
-        checks.expect(OP, "v", v, {"B": k.shape[0], "Hkv": k.shape[1], "P": k.shape[2], "D": None})
+        checks.expect(OP, "v", v, {"B": k.shape[0], "Hkv": k.shape[1], "P": k.shape[2], "D": k.shape[3]})
         checks.expect_last_axis_contiguous(OP, v=v)
     if valid is not None:
         checks.expect(OP, "valid", valid, {"B": k.shape[0], "P": k.shape[2]}, torch.bool)
@@ -247,6 +246,9 @@ def _check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
     if q.shape[1] % k.shape[1]:
         raise UnsupportedByKernel(f"{OP}: {q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads.")
     checks.expect_one_device(OP, q=q, k=k)
+    if q.dtype != k.dtype:
+        raise UnsupportedByKernel(f"{OP}: q and keys must be of one dtype; got {q.dtype} and {k.dtype}.")
+    checks.expect_last_axis_contiguous(OP, q=q, k=k)
 
 
 def _check_page_size(page_size: int) -> None:
@@ -254,7 +256,36 @@ def _check_page_size(page_size: int) -> None:
         raise UnsupportedByKernel(f"{OP}: page_size must be at least 1; got {page_size}.")
 
 
+def _triton() -> Any:
+    from hf_accel.kernels.paged_attention import triton
+
+    return triton
+
+
+def _selection() -> Any:
+    from hf_accel.kernels.paged_attention import triton_selection
+
+    return triton_selection
+
+
 # -- operators -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hf_accel::page_minmax", mutates_args=())
+def _page_minmax(
+    k: torch.Tensor, page_size: int, valid: torch.Tensor | None, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    low = k.new_empty(*k.shape[:2], -(-k.shape[2] // page_size), k.shape[3])
+    high = torch.empty_like(low)
+    if low.numel():
+        _page_minmax_into(k, page_size, low, high, 0, valid, backend)
+    return low, high
+
+
+@_page_minmax.register_fake
+def _(k, page_size, valid, backend):
+    low = k.new_empty(*k.shape[:2], -(-k.shape[2] // page_size), k.shape[3])
+    return low, torch.empty_like(low)
 
 
 @torch.library.custom_op("hf_accel::page_minmax_into", mutates_args=("kmin", "kmax"))
@@ -267,6 +298,10 @@ def _page_minmax_into(
     valid: torch.Tensor | None,
     backend: str,
 ) -> None:
+    if backend == "triton":
+        with torch.cuda.device_of(k):  # Triton launches on the current device, whatever the tensors are on
+            _selection().page_minmax_into(k, page_size, kmin, kmax, first_page, valid)
+        return
     from hf_accel.kernels.paged_attention import reference
 
     pages = -(-k.shape[2] // page_size)
@@ -280,6 +315,9 @@ def _page_minmax_into(
 def _page_score(
     q: torch.Tensor, kmin: torch.Tensor, kmax: torch.Tensor, page_valid: torch.Tensor | None, backend: str
 ) -> torch.Tensor:
+    if backend == "triton":
+        with torch.cuda.device_of(q):
+            return _selection().page_score(q, kmin, kmax, page_valid)
     from hf_accel.kernels.paged_attention import cpu
 
     return cpu.page_score(q, kmin, kmax, page_valid)
@@ -302,6 +340,9 @@ def _page_attention(
     valid: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        with torch.cuda.device_of(q):
+            return _triton().page_attention(q, k, v, pages, counts, page_size, scale, valid)
     from hf_accel.kernels.paged_attention import cpu
 
     return cpu.page_attention(q, k, v, pages, counts, page_size, scale, valid)
@@ -324,6 +365,9 @@ def _block_merge(
     mask: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
+    if backend == "triton":
+        with torch.cuda.device_of(q):
+            return _triton().block_merge(q, k, v, prefix_out, prefix_lse, scale, mask)
     from hf_accel.kernels.paged_attention import reference
 
     return reference.block_merge(q, k, v, prefix_out, prefix_lse, scale, mask)
@@ -334,10 +378,31 @@ def _(q, k, v, prefix_out, prefix_lse, scale, mask, backend):
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
+@torch.library.custom_op("hf_accel::lse_merge", mutates_args=())
+def _lse_merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        with torch.cuda.device_of(out_a):
+            return _triton().lse_merge(out_a, lse_a.float(), out_b, lse_b.float())
+    from hf_accel.kernels.paged_attention import reference
+
+    out, lse = reference.lse_merge(out_a, lse_a, out_b, lse_b)
+    return out.float(), lse.float()
+
+
+@_lse_merge.register_fake
+def _(out_a, lse_a, out_b, lse_b, backend):
+    return out_a.new_empty(out_a.shape, dtype=torch.float32), lse_a.new_empty(lse_a.shape, dtype=torch.float32)
+
+
 @torch.library.custom_op("hf_accel::active_topk", mutates_args=())
 def _active_topk(
     q: torch.Tensor, q_ref: torch.Tensor, count: int, forced: torch.Tensor | None, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        with torch.cuda.device_of(q):
+            return _selection().active_topk(q, q_ref, count, forced)
     from hf_accel.kernels.paged_attention import reference
 
     return reference.active_topk(q, q_ref, count, forced)
