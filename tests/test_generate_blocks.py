@@ -232,6 +232,16 @@ def test_logits_of_a_batch_are_those_of_its_rows(model):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_count_positions_from_their_own_first_token(model):
+    """Rotary attention does not see a shift of a whole row, but the last position of the model does."""
+    ids, mask = padded([prompt(2), prompt(11, 1)])
+    with Watch(model) as watch:
+        generate_blocks(model, ids, attention_mask=mask, max_new_tokens=1)
+    prefill, step = (call["position_ids"].tolist() for call in watch.calls[:2])
+    assert prefill == [[0] * 8, list(range(8))]
+    assert step == [[0, 1, 2, 3], [8, 9, 10, 11]]
+
+
 def test_padding_reaches_nothing(model):
     """What stands in padded places changes no bit, and nothing there becomes not-a-number."""
     ids, mask = padded([prompt(2), prompt(19, 1)])
