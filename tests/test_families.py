@@ -18,7 +18,9 @@ from hf_accel.hosts.denoisers import DENOISERS
 from hf_accel.hosts.target import Model, resolve
 from hf_accel.zoo.training.mini_sd import model as mini_sd
 
-VARIANTS = {variant.name: variant for variant in families.variants()}
+ALL = {variant.name: variant for variant in families.variants()}
+TEXTS = {name: variant for name, variant in ALL.items() if variant.match.model_class == "SDARForCausalLM"}
+VARIANTS = {name: variant for name, variant in ALL.items() if name not in TEXTS}
 
 # Checkpoints: variant expected, class, where their published configuration differs from the class's defaults, source.
 WAN_14B: dict[str, Any] = {}
@@ -180,6 +182,27 @@ def test_the_miniature_of_stable_diffusion_is_recognised() -> None:
     assert variant.name == "mini-sd-64px"
 
 
+@pytest.mark.parametrize(
+    ("expected", "changes", "source"),
+    [
+        ("trado-8b-instruct", {}, "Gen-Verse/TraDo-8B-Instruct"),
+        ("trado-8b-instruct", {}, HUB_CACHE.format("Gen-Verse--TraDo-8B-Instruct")),
+        ("sdar-8b-chat", {}, "JetLM/SDAR-8B-Chat"),
+        ("sdar-8b-chat", {}, "someone/my-finetune"),
+        (None, {"hidden_size": 2560}, "Gen-Verse/TraDo-4B-Instruct"),
+    ],
+)
+def test_a_block_diffusion_checkpoint_is_recognised(expected: str | None, changes: dict[str, Any], source: str) -> None:
+    sizes = {"num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = sizes | {"_name_or_path": source} | changes
+    variant = families.recommend(Model("model", type("SDARForCausalLM", (Checkpoint,), {})(config)))
+    assert (variant.name if variant else None) == expected
+    if variant is not None:
+        settings: Any = variant.methods[0].wanted.config
+        assert (variant.methods[0].wanted.method, settings.budget, settings.page_size) == ("losa", 512, 16)
+        assert [method.status for method in variant.methods] == ["published", "published"]
+
+
 # -- the shipped files ---------------------------------------------------------------------------------------------
 
 
@@ -261,7 +284,7 @@ def test_clusters_hold_a_sensible_number_of_tokens(name: str) -> None:
 
 def test_every_variant_is_a_shipped_preset_without_its_source() -> None:
     shipped = families.shipped_presets()
-    assert list(shipped) == list(VARIANTS)
+    assert list(shipped) == list(ALL)
     assert not set(shipped) & set(registry.methods())
     assert not any(preset.is_reference(name) for name in shipped)
     for name, variant in VARIANTS.items():
@@ -275,7 +298,7 @@ def test_every_variant_is_a_shipped_preset_without_its_source() -> None:
 
 def test_the_files_travel_with_the_package() -> None:
     folder = importlib.resources.files("hf_accel") / "configs"
-    assert {f"{v.family}.yaml" for v in VARIANTS.values()} == {f.name for f in folder.iterdir()}
+    assert {f"{v.family}.yaml" for v in ALL.values()} == {f.name for f in folder.iterdir()}
 
 
 # -- files that are wrong ------------------------------------------------------------------------------------------
