@@ -22,7 +22,7 @@ import torch
 
 from hf_accel.errors import NothingPatched
 from hf_accel.hosts.forward_override import override_forward
-from hf_accel.hosts.target import Model
+from hf_accel.hosts.target import Model, kind
 from hf_accel.kernels.dispatch import Choice
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
@@ -79,7 +79,9 @@ def why_not(module: torch.nn.Module) -> str | None:
     name = type(module).__name__
     decoder = _decoder_of(module)
     if decoder is None:
-        return f"{name} has no self-conditioning: looked for DiffusionGemma's model.decoder.self_conditioning"
+        return (
+            f"{name} is a {kind(module)} without DiffusionGemma's self-conditioning (model.decoder.self_conditioning)"
+        )
     code = getattr(inspect.unwrap(type(decoder).forward), "__code__", None)
     if code is None or not set(code.co_names) >= _SPELLED:
         return f"{type(decoder).__name__} of this version of transformers computes its self-conditioning another way"
