@@ -33,6 +33,8 @@ __all__ = [
 
 OP = "paged_attention"
 LIMITS = TritonLimits(min_head_dim=16, max_head_dim=512)
+# A program of 32 warps holds the scores of one row in registers, 16 a thread.
+MOST_PAGES = 16384
 
 
 class PageList(NamedTuple):
@@ -118,25 +120,34 @@ def page_score(
     return _page_score(q, kmin, kmax, page_valid, backend_for(kmin, backend).backend)
 
 
-def select_pages(scores: torch.Tensor, count: int, kv_heads: int) -> PageList:
+def select_pages(scores: torch.Tensor, count: int, kv_heads: int, *, backend: str = "auto") -> PageList:
     """The ``count`` best pages of every row, united over the rows and the query heads of each KV head.
 
     Args:
-        scores: ``[B, Hq, A, pages]``; -inf is never chosen.
+        scores: fp32 ``[B, Hq, A, pages]``; -inf is never chosen. Of equal scores that do not all fit, Triton takes the
+            first pages, torch any.
         count: pages per row and query head, at least 1.
         kv_heads: number of KV heads; ``Hq`` is a multiple of it.
+        backend: ``"auto"`` is torch beyond 16,384 pages.
 
     Returns:
         PageList of width ``min(pages, Hq / Hkv * A * count)``.
     """
-    if count < 1 or scores.shape[1] % kv_heads:
+    checks.expect(OP, "scores", scores, {"B": None, "Hq": None, "A": None, "pages": None}, torch.float32)
+    if count < 1 or kv_heads < 1 or scores.shape[1] % kv_heads:
         raise UnsupportedByKernel(
             f"{OP}: count must be at least 1 and the {scores.shape[1]} query heads a multiple of kv_heads; got "
             f"count={count}, kv_heads={kv_heads}."
         )
-    from hf_accel.kernels.paged_attention import reference
-
-    return PageList(*reference.select_pages(scores, count, kv_heads))
+    chosen = choose(OP, scores, LIMITS, backend, head_dim=LIMITS.min_head_dim).backend
+    if chosen == "triton" and scores.shape[3] > MOST_PAGES:
+        if backend == "triton":
+            raise UnsupportedByKernel(
+                f"{OP}: the Triton kernel selects among up to {MOST_PAGES} pages; got {scores.shape[3]}. Use "
+                "backend='auto' or 'torch', or larger pages."
+            )
+        chosen = "torch"
+    return PageList(*_select_pages(scores, count, kv_heads, chosen))
 
 
 def page_attention(
@@ -326,6 +337,26 @@ def _page_score(
 @_page_score.register_fake
 def _(q, kmin, kmax, page_valid, backend):
     return q.new_empty(*q.shape[:3], kmin.shape[2], dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_accel::select_pages", mutates_args=())
+def _select_pages(scores: torch.Tensor, count: int, kv_heads: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        from hf_accel.kernels.paged_attention import triton_union
+
+        with torch.cuda.device_of(scores):
+            return triton_union.select_pages(scores, count, kv_heads)
+    from hf_accel.kernels.paged_attention import reference
+
+    return reference.select_pages(scores, count, kv_heads)
+
+
+@_select_pages.register_fake
+def _(scores, count, kv_heads, backend):
+    batch, heads, rows, pages = scores.shape
+    width = min(pages, heads // kv_heads * rows * count)
+    listed = scores.new_empty(batch, kv_heads, width, dtype=torch.int32)
+    return listed, scores.new_empty(batch, kv_heads, dtype=torch.int32)
 
 
 @torch.library.custom_op("hf_accel::page_attention", mutates_args=())

@@ -477,11 +477,11 @@ def lse_merge(
 def aot_cases(cc: int) -> list[AotCase]:
     """Every kernel with the tiles that are picked on ``cc``: SDAR's heads (g 4, D 128) with few and with all rows,
     DiffusionGemma's full layers (D 512), odd head dims, fp32."""
-    from hf_accel.kernels.paged_attention import triton_selection
+    from hf_accel.kernels.paged_attention import triton_selection, triton_union
 
     fp32 = dict.fromkeys(("Out", "Lse", "Parts", "PartLse", "PrefixOut", "PrefixLse"), "fp32")
     masks = {"Valid": "u8", "Mask": "u8", "scale": "fp32"}
-    cases = triton_selection.aot_cases(cc)
+    cases = triton_selection.aot_cases(cc) + triton_union.aot_cases(cc)
     for shape in AOT_SHAPES:
         dtype, head_dim, group, rows, valid, listed = shape
         kind = AOT_KINDS[dtype]

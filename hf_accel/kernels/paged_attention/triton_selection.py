@@ -153,7 +153,8 @@ def rank_kernel(
     for head in range(num_heads):
         delta += tl.load(Part + head * num_rows + row, mask=real, other=0.0)
     tl.store(Delta + batch * num_rows + row, delta, mask=real)
-    key = delta
+    # NaN is in no order: more rows than there are places would count as chosen.
+    key = tl.where(delta != delta, float("inf"), delta)
     if HAS_FORCED:
         key = tl.where(tl.load(Forced + batch * num_rows + row, mask=real, other=0) != 0, float("inf"), key)
     before = tl.zeros([BLOCK_B], tl.int32)
@@ -164,6 +165,7 @@ def rank_kernel(
         theirs = tl.zeros([STEP], tl.float32)
         for head in range(num_heads):
             theirs += tl.load(Part + head * num_rows + other, mask=there, other=0.0)
+        theirs = tl.where(theirs != theirs, float("inf"), theirs)
         if HAS_FORCED:
             pushed = tl.load(Forced + batch * num_rows + other, mask=there, other=0) != 0
             theirs = tl.where(pushed, float("inf"), theirs)
