@@ -343,8 +343,31 @@ def test_warm_start_in_the_middle_of_a_request_is_cold_and_counted():
             set_reference(model, sdar(1, 16))
             ours = model(input_ids=masks, past_key_values=cache, use_cache=True, store_kv=False).logits
             (reason,) = applied.report().entries[0].run.dense_calls
-    assert "has not seen this prefix" in reason
+    assert "cannot follow" in reason
     assert torch.equal(ours, plain)
+
+
+def test_static_cache():
+    from transformers import StaticCache
+
+    model, masks = sdar(), torch.full((1, BLOCK), MASK)
+
+    @torch.no_grad()
+    def two_steps(cache):
+        model(input_ids=prompt(), past_key_values=cache, use_cache=True, store_kv=True)
+        first = model(input_ids=masks, past_key_values=cache, use_cache=True, store_kv=False).logits
+        tokens = commit(masks, first)
+        return [first, model(input_ids=tokens, past_key_values=cache, use_cache=True, store_kv=False).logits]
+
+    with put(model):
+        assert close(two_steps(StaticCache(config=model.config, max_cache_len=32)), two_steps(DynamicCache()))
+    plain = two_steps(DynamicCache())
+    with put(model, init="warm") as applied:
+        set_reference(model, sdar(1, 16))
+        ours = two_steps(StaticCache(config=model.config, max_cache_len=32))
+        assert applied.report().entries[0].run.dense_calls.total() == 1
+    assert close(ours[:1], plain[:1])
+    assert not close(ours[1:], plain[1:], 1e-3)
 
 
 def test_training_mode_and_given_embeddings_are_left_alone_and_counted():
@@ -640,3 +663,23 @@ def test_declared_weights_are_known_after_loading(tmp_path):
     declare(again, "rcd", {"stage": 1})
     with pytest.warns(UserWarning, match="stage 1"):
         hf_accel.apply(again, "rcd").revert()
+
+
+def test_llada2_pipeline_with_and_without_its_prefix_cache():
+    from test_prefix_cache import generate, pipeline
+
+    settings = {"trained": True, "mask_token_id": MASK}
+    pipe = pipeline()
+    plain = generate(pipe)
+    with hf_accel.apply(pipe, "rcd", **settings) as applied:
+        alone = generate(pipe)
+        assert applied.report().entries[0].run.steps
+    with hf_accel.apply(pipe, {"prefix-cache": {}, "rcd": settings}) as applied:
+        cached = generate(pipe)
+        runs = [entry.run for entry in applied.report()]
+    assert torch.equal(cached[0], alone[0])
+    assert close(cached[1], alone[1], 1e-4)
+    assert not close(alone[1][:3], plain[1][:3], 1e-3)
+    (cache,) = [run for run in runs if hasattr(run, "cached_forwards")]
+    assert cache.cached_forwards
+    assert not any(run.dense_calls for run in runs)

@@ -123,6 +123,7 @@ class ResidualContext:
     ):
         self.core, self.clock, self.start, self.run = core, clock, start, run
         self.mask_token, self.shift = mask_token, shift
+        self._mixing = False
         self._drop()
 
     def _drop(self) -> None:
@@ -130,6 +131,7 @@ class ResidualContext:
         self._pending: Kept | None = None  # for the embedding of this forward
         self._tokens: torch.Tensor | None = None  # of this forward, if it is a step
         self._first = False  # and no row of it goes on from another
+        self._embedded = False  # and its tokens passed the embedding
 
     def __getstate__(self) -> dict[str, Any]:
         # For copies: the request that runs is the original's.
@@ -199,33 +201,38 @@ class ResidualContext:
     def embed(self, embedding: torch.nn.Module, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         """The embedding module gave ``output`` ``[B, m, D]`` for ``ids``, the last m tokens of the forward."""
         pending = self._pending
-        if pending is None or ids.ndim != 2 or ids.shape[0] != len(pending.slots):
+        if pending is None or self._mixing or ids.ndim != 2 or ids.shape[0] != len(pending.slots):
             return None
         if not 0 < ids.shape[1] <= pending.slots.shape[1]:
             return None
         if ids.shape[1] < pending.slots.shape[1] and not torch.equal(ids, pending.tokens[:, -ids.shape[1] :]):
             return None  # a prefix cache computes other tokens first
-        self._pending = None  # the table below may ask the module too
+        self._embedded = True
         slots = pending.slots[:, -ids.shape[1] :].flatten()
         places = (slots >= 0).nonzero().squeeze(1)
         if not len(places):
             return None
         rows = pending.logits[slots[places].to(pending.logits.device)]
-        table = embedding_table(embedding, rows.shape[-1], ids.device)
         flat = output.reshape(-1, output.shape[-1])
         places = places.to(flat.device)
-        mixed, weights = self.core.mix(flat[places], rows, table)
+        self._mixing = True  # the table may ask the module too
+        try:
+            table = embedding_table(embedding, rows.shape[-1], ids.device)
+            mixed, weights = self.core.mix(flat[places], rows, table)
+        finally:
+            self._mixing = False
         self.run.record(weights)
         return flat.index_put((places,), mixed).view_as(output)
 
     def end(self, output: Any) -> None:
         """The forward gave ``output``; None: it raised."""
-        tokens, pending, first = self._tokens, self._pending, self._first
+        tokens, first = self._tokens, self._first
+        missed = self._pending is not None and not self._embedded
         self._drop()
         self.clock.end(raised=output is None)
         if tokens is None or output is None:
             return
-        if pending is not None:
+        if missed:
             self.run.dense_calls["the hooked embedding did not run: it was replaced after apply"] += 1
         opened, logits = tokens == self.mask_token, logits_of(output)
         if logits is not None:

@@ -88,7 +88,7 @@ class ReferenceStart:
         if step.phase == "denoise" and self._cache_at(arguments, step) is None:
             return (
                 None,
-                "the reference has not seen this prefix (applied in the middle of a request, or rows were taken out)",
+                "the reference cannot follow (applied in the middle of a request, rows taken out, a static cache)",
             )
         shift = logit_shift_of(self.model) if self.shift is None else self.shift
         found = self._run(arguments, store_kv=False) if step.phase == "denoise" else self._run(arguments)
@@ -98,7 +98,9 @@ class ReferenceStart:
         """The cache that holds the prefix of this forward, or None: what was done to that of the model is not known."""
         tokens = arguments.get("input_ids")
         rows = 0 if tokens is None else len(tokens)
-        if step.prefix == 0:
+        if getattr(arguments.get("past_key_values"), "is_compileable", False):
+            self._cache = None  # a static cache: its masks are longer than any other's
+        elif step.prefix == 0:
             from transformers import DynamicCache
 
             self._cache = DynamicCache()
