@@ -146,7 +146,7 @@ class PagedPrefix:
         bounds = self.bounds(call)
         kmin, kmax = bounds.filled()
         scores = page_score(query, kmin, kmax, bounds.visible, backend=self.backend)
-        return select_pages(scores, each, kmin.shape[1])
+        return select_pages(scores, each, kmin.shape[1], backend=self.backend)
 
     def bounds(self, call: BlockCall) -> PageBounds:
         """The bounds of this layer's prefix, brought up to date at the first call of a block."""
