@@ -52,7 +52,7 @@ def test_a_name_that_is_not_shipped_is_refused_with_words():
 
 def test_every_shipped_name_has_a_folder_and_a_heldout_set():
     for name in zoo.names():
-        assert (zoo.path(name) / "model_index.json").is_file()
+        assert any((zoo.path(name) / file).is_file() for file in ("model_index.json", "config.json"))
         assert zoo.heldout(name)
 
 

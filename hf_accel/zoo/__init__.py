@@ -7,8 +7,9 @@
 
     pipe = WanPipeline.from_pretrained(zoo.path("mini-wan"))
 
-Importing this module reads nothing and imports nothing heavy. How a miniature is trained is under `training/`; a
-recipe whose weights are not in the package is not in :func:`names`.
+Language models are loaded by `AutoModelForCausalLM` once `hf_accel.zoo.sdar` is imported. Importing this module reads
+nothing and imports nothing heavy. How a miniature is trained is under `training/`; a recipe whose weights are not in
+the package is not in :func:`names`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from ..errors import InvalidSetting
 __all__ = ["heldout", "names", "path", "trained"]
 
 _ROOT = Path(__file__).parent
+_RECIPES = {"mini-rcd": "mini-sdar", "mini-seqd": "mini-sdar"}  # fine-tuned, judged on what their origin is judged on
 
 
 def names() -> tuple[str, ...]:
     """The miniatures that are shipped, sorted."""
-    return tuple(sorted(folder.parent.name for folder in _ROOT.glob("*/model_index.json")))
+    pipelines, models = _ROOT.glob("*/model_index.json"), _ROOT.glob("*/config.json")
+    return tuple(sorted(file.parent.name for file in (*pipelines, *models)))
 
 
 def path(name: str) -> Path:
@@ -56,10 +59,12 @@ def trained(name: str, method: str) -> Path:
 def heldout(name: str) -> list[dict]:
     """The held-out set of the miniature `name`: dicts with `prompt` (str), `seed` (int) and what to look for.
 
-    Training never shows the first two shapes of such a prompt together. The set comes with the recipe, so it is
-    there before weights are. Raises InvalidSetting (a ValueError) for a name without a recipe.
+    Training never shows the first two shapes of such a prompt together, nor the pair that a question asks for. The set
+    comes with the recipe, so it is there before weights are. Raises InvalidSetting (a ValueError) for a name without a
+    recipe.
     """
     files = {file.parent.name.replace("_", "-"): file for file in _ROOT.glob("training/*/heldout.json")}
-    if name not in files:
+    recipe = _RECIPES.get(name, name)
+    if recipe not in files:
         raise InvalidSetting("hf_accel.zoo.heldout", "name", name, f"one of {', '.join(map(repr, sorted(files)))}")
-    return json.loads(files[name].read_text())
+    return json.loads(files[recipe].read_text())

@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def assemble(state: Path, out: Path, rcd: bool = False, about: dict | None = None) -> None:
+def assemble(state: Path, out: Path, rcd: bool = False) -> None:
     """Write the model and its tokenizer to `out`. `rcd`: declare the weights as those of RCD's second stage."""
     model = load(state).to(torch.float16)
     if rcd:
@@ -51,8 +51,17 @@ def assemble(state: Path, out: Path, rcd: bool = False, about: dict | None = Non
         declare(model, "rcd", told | {"t_res": 1.0, "temper_delta": False})
     model.save_pretrained(out)
     tokenizer().save_pretrained(out)
-    if about:
-        (out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def heldout_file(per_task: int = 4, length: int = 256) -> list[dict]:
+    """A few held-out items as text, for those who want no code of ours; :func:`tasks.heldout` makes any number."""
+    found = []
+    for task in tasks.TASKS:
+        for seed in range(per_task):
+            item = tasks.heldout(task, length, seed)
+            texts = {"prompt": tasks.decode(item.prompt), "answer": tasks.decode(item.answer)}
+            found.append({"task": task, "length": length, "seed": seed, **texts})
+    return found
 
 
 def main() -> None:
@@ -62,6 +71,8 @@ def main() -> None:
     ask.add_argument("--rcd", action="store_true")
     given = ask.parse_args()
     assemble(given.state, given.out, given.rcd)
+    text = json.dumps(heldout_file(), indent=1)
+    (Path(__file__).parent / "heldout.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
