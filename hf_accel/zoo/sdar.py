@@ -17,7 +17,7 @@ Importing this module registers the classes with `AutoConfig` and `AutoModelForC
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,10 +74,12 @@ def block_causal_mask(
 
 def _cached(cache: Cache | None, layer: int) -> tuple[Tensor, Tensor] | None:
     """What the cache holds for `layer`, each `[B, H_kv, P, D]`: the filled part of a static buffer; None when empty."""
-    if cache is None or len(cache.layers) <= layer or not cache.layers[layer].is_initialized:
+    if cache is None or len(cache.layers) <= layer:
+        return None
+    held: Any = cache.layers[layer]
+    if not held.is_initialized:
         return None
     length = int(cache.get_seq_length(layer))
-    held = cache.layers[layer]
     return (held.keys[:, :, :length], held.values[:, :, :length]) if length else None
 
 
@@ -89,12 +91,13 @@ class SDARAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        kv_heads = config.num_key_value_heads or config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // kv_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
         bias = config.attention_bias
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        queries, keys = config.num_attention_heads * self.head_dim, kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
@@ -155,10 +158,10 @@ class SDARPreTrainedModel(PreTrainedModel):
     config: SDARConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["SDARDecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _no_split_modules = ["SDARDecoderLayer"]  # noqa: RUF012 (transformers declares them on the instance)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
-    _can_record_outputs: ClassVar = {"hidden_states": SDARDecoderLayer}
+    _can_record_outputs = {"hidden_states": SDARDecoderLayer}  # noqa: RUF012
 
 
 class SDARModel(SDARPreTrainedModel):
@@ -227,7 +230,7 @@ class SDARModel(SDARPreTrainedModel):
 
 
 class SDARForCausalLM(SDARPreTrainedModel):
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: SDARConfig) -> None:
         super().__init__(config)
