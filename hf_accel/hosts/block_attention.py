@@ -30,7 +30,7 @@ from hf_accel.hosts.block_context import (
     mask_token_of,
     sdar_attentions,
 )
-from hf_accel.hosts.block_seam import SEAT, BlockCore, BlockSeam, Seat, SeamEndHook, SeamHook, split_mask
+from hf_accel.hosts.block_seam import SEAT, BlockCore, BlockSeam, SeamEndHook, SeamHook, Seat, split_mask
 from hf_accel.hosts.forward_override import override_forward
 from hf_accel.hosts.language import NATIVE
 from hf_accel.hosts.registration import SharedRegistration
@@ -100,5 +100,7 @@ def install(model: Model, core: BlockCore, ledger: Ledger, report: MethodReport)
             ledger.set(attention, "config", config)
         override_forward(ledger, attention, types.MethodType(forwards[type(attention)], attention))
         report.patched.append(Patched(model.name, name, f"attention of denoising steps ({family.name})"))
+    if core.traceable and not gemma:
+        report.notes.append(block_sdar.COMPILED)
     follow(module, context, ledger, functools.partial(SeamHook, seam), SeamEndHook(seam))
     return seam

@@ -9,7 +9,7 @@ A :class:`BlockContext` learns all this from the arguments of the model's forwar
 samplers, ours or foreign, need not know of it. Where the hooks stand and how the arguments are read differs per family
 of models and is found by structure (:func:`family_of`), since most of these models are remote code.
 
-A context follows one request at a time, as a model with one cache does; a deep copy of the model has a clock of its own.
+A context follows one request at a time, as a model with one cache does; a copy of the model has a clock of its own.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class BlockContext:
     Args:
         family: of the model.
         mask_token: id of open positions, if the family has one.
-        tokens: whether to compare the tokens of one step with those of the last. Needed by whoever keeps state from step
-            to step; waits for the device once per denoising step.
+        tokens: whether to compare the tokens of one step with those of the last. Needed by whoever keeps state between
+            steps; waits for the device once per denoising step.
 
     Attributes:
         step: the forward that runs now; None outside of one.

@@ -22,7 +22,7 @@ PREFIX = "hf_accel-block-"
 OTHER_MASK = "a mask that is a bias, or differs between heads or between positions of the canvas"
 NO_MASK = "a static cache without a mask: the model attends to its empty slots"
 ROLLED = "a static sliding window that is full: the model writes the canvas over the oldest keys in it"
-OTHER_CACHE = "the cache keeps its keys in another form than tensors [B, H, P, D]"
+OTHER_CACHE = "the cache keeps its keys in another form than tensors [B, H, P, D] of the model's device and dtype"
 
 
 def decoder_attentions(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
@@ -179,7 +179,7 @@ def _why_own_cache(cache: Any, layer: int, query: torch.Tensor, mask: torch.Tens
     """Why the keys of a layer cannot be read where they lie, or None."""
     held = cache.layers[layer]
     for x in (getattr(held, "keys", None), getattr(held, "values", None)):
-        if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.device != query.device:
+        if not isinstance(x, torch.Tensor) or x.ndim != 4 or (x.device, x.dtype) != (query.device, query.dtype):
             return OTHER_CACHE
     if not cache.is_compileable:
         return None

@@ -1,4 +1,4 @@
-"""The attention seam of SDAR-class models: remote code that does its own attention and writes its cache on ``store_kv``.
+"""The attention seam of SDAR-class models: remote code with an attention of its own, which caches on ``store_kv``.
 
 In a denoising step the forward of each attention is replaced: projections, norms and rotary embedding of the module are
 run here, the rest is the core's. All other forwards are the module's own.
@@ -26,8 +26,12 @@ from hf_accel.hosts.block_seam import ALL_VISIBLE, SEAT, BlockSeam, Seat, SplitM
 AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 OTHER_COMPUTATION = "the module computes something else than is read from its structure"
-OTHER_CACHE = "the cache keeps its keys in another form than tensors [B, H, P, D]"
+OTHER_CACHE = "the cache keeps its keys in another form than tensors [B, H, P, D] of the model's device and dtype"
 OTHER_MASK = "a mask that is a bias, or differs between heads or between positions of a block"
+COMPILED = (
+    "under torch.compile a layer runs its own code until an uncompiled step behind a prefix has shown that it computes "
+    "what is read from its structure, and with a mask"
+)
 
 
 def split_forward(cls: Any) -> Callable:
@@ -71,6 +75,8 @@ def _attend(module: Any, seat: Seat, arguments: dict[str, Any], rotate: Callable
     heads = _heads(module, arguments, rotate)
     if _needs_grad(*heads):
         return seam.run_own("gradients are needed", own)
+    if len({x.dtype for x in (*heads, *prefix)}) > 1:
+        return seam.run_own(OTHER_CACHE, own)
     call = _call(module, seat, heads, prefix, mask)
     kind = _kind(prefix[0])
     if kind not in seat.agrees and (verdict := _agree(module, seat, call, own)) is not None:
@@ -94,7 +100,7 @@ def _attend_traced(module: Any, seat: Seat, arguments: dict[str, Any], rotate: C
     if prefix is None or not seat.agrees.get(_kind(prefix[0]), False):
         return own()
     heads = _heads(module, arguments, rotate)
-    if _needs_grad(*heads):
+    if _needs_grad(*heads) or len({x.dtype for x in (*heads, *prefix)}) > 1:
         return own()
     call = _call(module, seat, heads, prefix, ALL_VISIBLE)
     return _returned(module, seat, seat.seam.core.attend(call), _any_cache(arguments))

@@ -76,6 +76,8 @@ def choose(
         return Choice("triton", "asked for")
     if why_not or interpreting:
         return Choice("torch", why_not or "the Triton interpreter is for tests; ask for backend='triton'")
+    if torch.compiler.is_compiling():
+        return Choice("triton", "compiled")  # a graph cannot ask the driver
     return Choice("triton", f"{torch.cuda.get_device_name(tensor.device)}")
 
 
