@@ -273,6 +273,12 @@ def _triton() -> Any:
     return triton
 
 
+def _merge() -> Any:
+    from hf_accel.kernels.paged_attention import triton_merge
+
+    return triton_merge
+
+
 def _selection() -> Any:
     from hf_accel.kernels.paged_attention import triton_selection
 
@@ -415,7 +421,7 @@ def _lse_merge(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "triton":
         with torch.cuda.device_of(out_a):
-            return _triton().lse_merge(out_a, lse_a.float(), out_b, lse_b.float())
+            return _merge().lse_merge(out_a, lse_a.float(), out_b, lse_b.float())
     from hf_accel.kernels.paged_attention import reference
 
     out, lse = reference.lse_merge(out_a, lse_a, out_b, lse_b)

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from hf_accel.kernels.aot import AotCase, make_case
 from hf_accel.kernels.online_softmax import attend_rows, finish, load_rows
+from hf_accel.kernels.paged_attention.triton_merge import combine
 from hf_accel.kernels.tile import compute_capability, precision
 
 LOG2E = 1.4426950408889634
@@ -81,78 +82,55 @@ def prefix_kernel(
     keys = num_keys
     if LISTED:
         Pages += cell * list_width
-        keys = tl.load(Counts + cell) * PAGE
+        listed = tl.load(Counts + cell)
+        # Lists ascend, so only their last page can be the cache's partial one.
+        last = tl.load(Pages + tl.maximum(listed - 1, 0))
+        keys = tl.where(listed > 0, listed * PAGE - tl.maximum((last + 1) * PAGE - num_keys, 0), 0)
     tiles = tl.cdiv(keys, BLOCK_N)
     share = tl.cdiv(tiles, tl.num_programs(0))
+    first = split * share
+    stop = tl.minimum(first + share, tiles)
+    whole = tl.minimum(stop, keys // BLOCK_N)  # tiles that need no mask
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     lane = tl.arange(0, BLOCK_N)
-    for tile in range(split * share, tl.minimum(split * share + share, tiles)):
+    place = first * BLOCK_N + lane
+    page = place
+    if LISTED:
+        page = tl.load(Pages + place // PAGE, mask=place < keys, other=0)
+    for tile in range(first, whole):
         place = tile * BLOCK_N + lane
+        rows = place
+        if LISTED:
+            rows = page * PAGE + place % PAGE
+            # One tile ahead: an index that is loaded where it is used would take a stage of the pipeline for itself.
+            ahead = place + BLOCK_N
+            page = tl.load(Pages + ahead // PAGE, mask=ahead < keys, other=0)
+        counts = place < keys
+        if HAS_VALID:
+            counts = tl.load(Valid + batch * num_keys + rows) != 0
+        row_max, row_sum, acc = attend_rows(
+            query, Key, Value, rows, counts, row_max, row_sum, acc, stride_kp, stride_vp, scale,
+            HAS_VALID, WIDE, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    if whole < stop:  # the last tile of all, not full
+        place = whole * BLOCK_N + lane
         counts = place < keys
         rows = place
         if LISTED:
-            page = tl.load(Pages + place // PAGE, mask=counts, other=0)
             rows = page * PAGE + place % PAGE
-            counts = counts & (rows < num_keys)  # the last page may be partial
         if HAS_VALID:
             counts = counts & (tl.load(Valid + batch * num_keys + rows, mask=counts, other=0) != 0)
         row_max, row_sum, acc = attend_rows(
-            query,
-            Key,
-            Value,
-            rows,
-            counts,
-            row_max,
-            row_sum,
-            acc,
-            stride_kp,
-            stride_vp,
-            scale,
-            True,
-            WIDE,
-            D,
-            BLOCK_D,
-            PRECISION,
-        )
+            query, Key, Value, rows, counts, row_max, row_sum, acc, stride_kp, stride_vp, scale,
+            True, WIDE, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
     out, lse = finish(row_max, row_sum, acc)
     num_batches = tl.num_programs(1) // num_kv_heads
     line = ((split * num_batches + batch) * num_kv_heads * GROUP + head) * num_rows + token
     tl.store(Out + line[:, None] * D + d[None, :], out, mask=real[:, None] & (d[None, :] < D))
     tl.store(Lse + line, lse, mask=real)
-
-
-@triton.jit(do_not_specialize=["num_lines", "splits"])
-def combine_kernel(
-    Parts,  # fp32 [splits, lines, D]
-    PartLse,  # fp32 [splits, lines]
-    Out,  # fp32 [lines, D]
-    Lse,  # fp32 [lines]
-    num_lines,
-    splits,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Join the parts of one row, one after another: there are few, and each is read once."""
-    line = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    top = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for split in range(splits):
-        at = split * num_lines.to(tl.int64) + line
-        lse = tl.load(PartLse + at)
-        part = tl.load(Parts + at * D + d, mask=d < D, other=0.0)
-        new_top = tl.maximum(top, lse)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink, weight = tl.exp(top - base), tl.exp(lse - base)
-        acc = acc * shrink + part * weight
-        total = total * shrink + weight
-        top = new_top
-    whole = tl.where(total > 0, total, 1.0)
-    tl.store(Out + line * D + d, acc / whole, mask=d < D)
-    tl.store(Lse + line, top + tl.log(whole))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -227,34 +205,6 @@ def merge_block_kernel(
     tl.store(Out + line[:, None] * D + d[None, :], out.to(Out.dtype.element_ty), mask=element)
 
 
-@triton.jit
-def lse_merge_kernel(
-    OutA,  # [lines, D]
-    LseA,  # fp32 [lines]
-    OutB,
-    LseB,
-    Out,  # fp32 [lines, D]
-    Lse,  # fp32 [lines]
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    line = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    a, b = tl.load(LseA + line), tl.load(LseB + line)
-    top = tl.maximum(a, b)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    weight_a, weight_b = tl.exp(a - base), tl.exp(b - base)
-    total = weight_a + weight_b
-    whole = tl.where(total > 0, total, 1.0)
-    # What stands in a row that saw no key is not read: it may be anything.
-    spread = tl.zeros([BLOCK_D], tl.float32)
-    in_a, in_b = (d < D) & (a + spread > float("-inf")), (d < D) & (b + spread > float("-inf"))
-    first = tl.load(OutA + line * D + d, mask=in_a, other=0.0).to(tl.float32)
-    second = tl.load(OutB + line * D + d, mask=in_b, other=0.0).to(tl.float32)
-    tl.store(Out + line * D + d, (first * weight_a + second * weight_b) / whole, mask=d < D)
-    tl.store(Lse + line, top + tl.log(whole))
-
-
 # -- tiles and splits ----------------------------------------------------------------------------------------------
 
 
@@ -281,11 +231,6 @@ def plan(cc: int, rows: int, head_dim: int, dtype: torch.dtype) -> Plan:
     if head_dim > 128:
         return Plan(m, 32, 8 if m > 32 else 4, 2)
     return Plan(m, 64, 4, 3 if cc in (80, 90, 100, 103) else 2)
-
-
-def _row_warps(head_dim: int) -> int:
-    """For one row per program."""
-    return 1 if head_dim <= 128 else 4
 
 
 def splits_for(tensor: torch.Tensor, cells: int, tiles: int) -> int:
@@ -355,18 +300,7 @@ def page_attention(
         enable_fp_fusion=True,
     )
     if splits > 1:
-        combine_kernel[(lse.numel(),)](
-            parts,
-            part_lse,
-            out,
-            lse,
-            lse.numel(),
-            splits,
-            D=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=_row_warps(head_dim),
-            enable_fp_fusion=True,
-        )
+        combine(parts, part_lse, out, lse)
     return out, lse
 
 
@@ -451,35 +385,12 @@ def _block_plan(cc: int, rows: int, head_dim: int, dtype: torch.dtype) -> Plan:
     return Plan(small, min(small, 32), 4, 1 if cc == 0 else 2)
 
 
-def lse_merge(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the package."""
-    out = out_a.new_empty(out_a.shape, dtype=torch.float32)
-    lse = lse_a.new_empty(lse_a.shape, dtype=torch.float32)
-    head_dim = out_a.shape[-1]
-    if lse.numel():
-        lse_merge_kernel[(lse.numel(),)](
-            out_a.contiguous(),
-            lse_a.contiguous(),
-            out_b.contiguous(),
-            lse_b.contiguous(),
-            out,
-            lse,
-            D=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=_row_warps(head_dim),
-            enable_fp_fusion=True,
-        )
-    return out, lse
-
-
 def aot_cases(cc: int) -> list[AotCase]:
     """Every kernel with the tiles that are picked on ``cc``: SDAR's heads (g 4, D 128) with few and with all rows,
     DiffusionGemma's full layers (D 512), odd head dims, fp32."""
     from hf_accel.kernels.paged_attention import triton_selection, triton_union
 
-    fp32 = dict.fromkeys(("Out", "Lse", "Parts", "PartLse", "PrefixOut", "PrefixLse"), "fp32")
+    fp32 = dict.fromkeys(("Out", "Lse", "PrefixOut", "PrefixLse"), "fp32")
     masks = {"Valid": "u8", "Mask": "u8", "scale": "fp32"}
     cases = triton_selection.aot_cases(cc) + triton_union.aot_cases(cc)
     for shape in AOT_SHAPES:
@@ -508,13 +419,6 @@ def aot_cases(cc: int) -> list[AotCase]:
                 block.num_warps,
                 block.num_stages,
             ),
-        ]
-    for head_dim in (128, 512):
-        sizes, warps = {"D": head_dim, "BLOCK_D": head_dim}, _row_warps(head_dim)
-        types = fp32 | dict.fromkeys(("OutA", "LseA", "OutB", "LseB"), "fp32")
-        cases += [
-            _case(f"combine D{head_dim}", combine_kernel, sizes, types, warps),
-            _case(f"lse merge D{head_dim}", lse_merge_kernel, sizes, types, warps),
         ]
     return cases
 
