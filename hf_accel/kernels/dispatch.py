@@ -6,7 +6,6 @@ The choice is a value (:class:`Choice`) that callers put into their report: noth
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from dataclasses import dataclass
 from typing import Literal
@@ -45,9 +44,11 @@ class TritonLimits:
         return None
 
 
-@functools.cache
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def triton_importable() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def choose(
