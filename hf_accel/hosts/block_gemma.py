@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hf_accel.hosts.block_seam import ALL_VISIBLE, SEAT, Seat, SplitMask
+from hf_accel.hosts.eager import run_eagerly
 from hf_accel.hosts.language import ALTERING, native_function
 
 PREFIX = "hf_accel-block-"
@@ -117,9 +118,9 @@ def _attend(
     return seam.attend(call).transpose(1, 2), None
 
 
-@torch._dynamo.disable(reason="the method keeps state between denoising steps")
 def _attend_outside(*given: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return _attend(*given)
+    """The method keeps state between denoising steps."""
+    return run_eagerly(_attend, *given)
 
 
 def _attend_traced(

@@ -21,6 +21,7 @@ from hf_accel.attention.block_call import BlockCall
 from hf_accel.attention.block_split import split_attention
 from hf_accel.hosts.block_context import cache_of
 from hf_accel.hosts.block_seam import ALL_VISIBLE, SEAT, BlockSeam, Seat, SplitMask
+from hf_accel.hosts.eager import run_eagerly
 
 # Relative difference (Frobenius) up to which two exact computations of one attention layer count as equal.
 AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -86,9 +87,9 @@ def _attend(module: Any, seat: Seat, arguments: dict[str, Any], rotate: Callable
     return _returned(module, seat, seam.attend(call), _any_cache(arguments))
 
 
-@torch._dynamo.disable(reason="the method keeps state between denoising steps")
 def _attend_outside(*given: Any) -> Any:
-    return _attend(*given)
+    """The method keeps state between denoising steps."""
+    return run_eagerly(_attend, *given)
 
 
 def _attend_traced(module: Any, seat: Seat, arguments: dict[str, Any], rotate: Callable, own: Callable[[], Any]) -> Any:

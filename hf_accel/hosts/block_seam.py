@@ -16,6 +16,7 @@ import torch
 from hf_accel.attention.block_call import BlockCall
 from hf_accel.attention.call import Layer
 from hf_accel.hosts.block_context import BlockContext, BlockEndHook, BlockHook, Reader
+from hf_accel.hosts.eager import run_eagerly
 from hf_accel.report import BlockStatistics
 
 SEAT = "_hf_accel_block_seat"
@@ -131,9 +132,8 @@ class SeamHook(BlockHook):
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not (torch.compiler.is_compiling() and self.seam.core.traceable):
-            self._tell(module, args, kwargs)
+            run_eagerly(self._tell, module, args, kwargs)
 
-    @torch._dynamo.disable(reason="hf_accel follows the blocks in Python")
     def _tell(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.seam.masks.begin_forward()
         super().__call__(module, args, kwargs)
@@ -150,9 +150,8 @@ class SeamEndHook(BlockEndHook):
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not (torch.compiler.is_compiling() and self.seam.core.traceable):
-            self._tell(module, args, kwargs, output)
+            run_eagerly(self._tell, module, args, kwargs, output)
 
-    @torch._dynamo.disable(reason="hf_accel follows the blocks in Python")
     def _tell(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         super().__call__(module, args, kwargs, output)
 

@@ -21,6 +21,7 @@ import torch
 
 from hf_accel.errors import NotApplicable
 from hf_accel.hosts.block_context import FULL, BlockContext, BlockStep, arguments_of, family_of, mask_token_of
+from hf_accel.hosts.eager import run_eagerly
 from hf_accel.hosts.embedding_table import EmbeddingTable, embedding_table
 from hf_accel.hosts.residual_start import NO_LOGITS, Start, logit_shift_of, logits_of, rows_at
 from hf_accel.hosts.target import Model, kind
@@ -253,8 +254,10 @@ class BeginHook:
     def __init__(self, context: ResidualContext):
         self.context = context
 
-    @torch._dynamo.disable(reason="hf_accel follows the blocks in Python")
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        run_eagerly(self._begin, module, args, kwargs)
+
+    def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.context.begin(module, arguments_of(module, args, kwargs))
 
 
@@ -264,8 +267,10 @@ class EmbeddingHook:
     def __init__(self, context: ResidualContext):
         self.context = context
 
-    @torch._dynamo.disable(reason="hf_accel follows the blocks in Python")
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return run_eagerly(self._embed, module, args, kwargs, output)
+
+    def _embed(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         ids = args[0] if args else kwargs.get("input")
         if isinstance(output, torch.Tensor) and isinstance(ids, torch.Tensor):
             return self.context.embed(module, ids, output)
@@ -278,9 +283,8 @@ class EndHook:
     def __init__(self, context: ResidualContext):
         self.context = context
 
-    @torch._dynamo.disable(reason="hf_accel follows the blocks in Python")
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        self.context.end(output)
+        run_eagerly(self.context.end, output)
 
 
 # -- installation --------------------------------------------------------------------------------------------------
