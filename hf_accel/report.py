@@ -352,8 +352,8 @@ class PrefixStatistics:
         share = self.row_share
         rows = f"; {share:.1%} of the rows" if share is not None else ""
         lines = [
-            f"  ran       {self.forwards} forwards in {self.generations} generations; {self.cached_forwards} against the "
-            f"cache, {self.verified} verified{rows}",
+            f"  ran       {self.forwards} forwards in {self.generations} generations; {self.cached_forwards} against "
+            f"the cache, {self.verified} verified{rows}",
             f"  kept      {self.kept_bytes} bytes at most",
         ]
         lines += [f"  prefill   {n} x {reason}" for reason, n in self.prefills.most_common()]

@@ -1,14 +1,14 @@
 """prefix-split: attention of a denoising step to its frozen prefix and to its own block, apart, joined exactly.
 
-A block-diffusion model reads one frozen prefix at every denoising step of a block. transformers' DiffusionGemma and the
-SDAR class concatenate that prefix with the block's own K/V at every layer of every step: ``4 P Hkv D`` bytes are written
-and read again only to be attended to once. Attention over two disjoint sets of keys needs no such copy (FlashAttention,
-arXiv 2205.14135; the merge of partial results by their log-sum-exp is that of Flash-Decoding)::
+A block-diffusion model reads one frozen prefix at every denoising step of a block. transformers' DiffusionGemma and
+the SDAR class concatenate that prefix with the block's own K/V at every layer of every step: ``4 P Hkv D`` bytes (in a
+half type) are written and read again only to be attended to once. Attention over two disjoint sets of keys needs no
+such copy (FlashAttention, arXiv 2205.14135; joining parts by their log-sum-exp is Flash-Decoding's)::
 
     O = (exp(Lp - L) Op + exp(Lb - L) Ob),   L = log(exp(Lp) + exp(Lb))
 
-with ``Op, Lp`` over the prefix and ``Ob, Lb`` over the block. Equal to the model's own attention up to rounding, for any
-mask, cache or length, so it is also the dense path of the approximate methods (``quest``, ``losa``).
+with ``Op, Lp`` over the prefix and ``Ob, Lb`` over the block. Equal to the model's own attention up to rounding, for
+any mask, cache or length, so it is also the dense path of the approximate methods (``quest``, ``losa``).
 
 The prefix part packs the block's rows of all query heads that share a KV head into one tile and splits the keys over
 the GPU (see ``kernels/paged_attention``). Nothing is to be set.
