@@ -13,7 +13,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -45,7 +44,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def assemble(state: Path, out: Path, rcd: bool = False) -> None:
     """Write the model and its tokenizer to `out`. `rcd`: declare the weights as those of RCD's second stage."""
-    model = load(state).to(torch.float16)
+    model = load(state).half()
     if rcd:
         told = {"stage": 2, "mask_token_id": tasks.MASK, "reference": REFERENCE, "alpha_mode": "normalized-entropy"}
         declare(model, "rcd", told | {"t_res": 1.0, "temper_delta": False})

@@ -2,9 +2,9 @@
 
 ::
 
-    python -m hf_accel.zoo.training.mini_sdar.judge report --model hf_accel/zoo/mini-sdar --out docs/data/mini-sdar.json
+    python -m hf_accel.zoo.training.mini_sdar.judge report --model hf_accel/zoo/mini-sdar --out REPORT.json
     python -m hf_accel.zoo.training.mini_sdar.judge state --model DIR/state.pt --items 16
-    python -m hf_accel.zoo.training.mini_sdar.judge picture --log DIR/log.jsonl --picture docs/img/mini-sdar.png
+    python -m hf_accel.zoo.training.mini_sdar.judge picture --log DIR/log.jsonl --report REPORT.json --picture OUT.png
 """
 
 from __future__ import annotations
@@ -97,47 +97,47 @@ def load(path: Path, kept: str = "average") -> SDARForCausalLM:
 
 
 def table(model: SDARForCausalLM, lengths: Sequence[int], items: int, names: Sequence[str] = tasks.TASKS) -> dict:
-    return {str(length): {task: accuracy(model, task, length, items) for task in names} for length in lengths}
+    found: dict[str, dict] = {}
+    for length in lengths:
+        row = found[str(length)] = {}
+        for task in names:
+            row[task] = accuracy(model, task, length, items)
+            print(length, task, row[task], flush=True)
+    return found
 
 
-def picture(logs: Sequence[Path], points: Sequence[Path], out: Path) -> None:
-    """Loss per task over the minutes of training, and below it the accuracies of `judge state` calls over time."""
+def picture(logs: Sequence[Path], report: Path, out: Path) -> None:
+    """Loss of each task over the steps of the runs one after another, and the accuracies of `report`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
-    begun = 0.0
+    figure, (losses, bars) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(3, 2))
+    begun = 0
     for log in logs:
-        lines = [json.loads(line) for line in log.read_text().splitlines()][1:]
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
         for index, task in enumerate(tasks.TASKS):
-            axes[0].plot(
-                [begun + line["minutes"] for line in lines],
-                [line[task] for line in lines],
-                color=f"C{index}",
-                label=task if log == logs[0] else None,
-                linewidth=1,
-            )
-        begun += lines[-1]["minutes"]
-        axes[0].axvline(begun, color="0.8", linewidth=0.8)
-    axes[0].set(yscale="log", ylabel="masked cross-entropy, nats", title="mini-sdar: training")
-    axes[0].legend(ncols=5, fontsize=8)
-    held = sorted(
-        (json.loads(line) for file in points for line in file.read_text().splitlines()), key=lambda p: p["at"]
-    )
-    for index, task in enumerate(tasks.TASKS):
-        for length, style in (("256", "-"), ("1024", "--"), ("2048", ":")):
-            chosen = [(p["at"], p["table"][length][task]["accuracy"]) for p in held if length in p["table"]]
-            if chosen:
-                label = f"{task}, {length}" if index == 0 else None
-                axes[1].plot(*zip(*chosen, strict=True), style, marker=".", color=f"C{index}", label=label)
-    axes[1].set(xlabel="minutes", ylabel="held-out accuracy", ylim=(-0.02, 1.02))
-    axes[1].legend(fontsize=8)
-    for axis in axes:
+            label = task if log == logs[0] else None
+            steps, values = [begun + line["step"] for line in lines], [line[task] for line in lines]
+            losses.plot(steps, values, color=f"C{index}", label=label, linewidth=1)
+        begun += lines[-1]["step"]
+        losses.axvline(begun, color="0.7", linewidth=0.8)
+    losses.set(yscale="log", ylim=(0.003, 8), xlabel="step", ylabel="masked cross-entropy, nats", title="training")
+    losses.legend(ncols=5, fontsize=8)
+    table = json.loads(report.read_text())["table"]
+    lengths = sorted(table, key=int)
+    for index, length in enumerate(lengths):
+        heights = [table[length][task]["accuracy"] for task in tasks.TASKS]
+        places = [place + (index - 1) * 0.27 for place in range(len(tasks.TASKS))]
+        bars.bar(places, heights, width=0.25, color=str(0.75 - 0.25 * index), label=f"{length} tokens")
+    bars.set_xticks(range(len(tasks.TASKS)), tasks.TASKS)
+    bars.set(ylim=(0, 1.15), title="held-out accuracy, block decoding")
+    bars.legend(ncols=3, fontsize=8, loc="upper center")
+    for axis in (losses, bars):
         axis.grid(alpha=0.3)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=100)
 
 
 def main() -> None:
@@ -150,18 +150,16 @@ def main() -> None:
     ask.add_argument("--tasks", nargs="+", default=list(tasks.TASKS))
     ask.add_argument("--at", type=float, help="state: minutes of training, to append the table to --out")
     ask.add_argument("--log", type=Path, nargs="+")
-    ask.add_argument("--points", type=Path, nargs="*", default=[])
+    ask.add_argument("--report", type=Path)
     ask.add_argument("--picture", type=Path)
     ask.add_argument("--out", type=Path)
     ask.add_argument("--threads", type=int, default=1)
     given = ask.parse_args()
     torch.set_num_threads(given.threads)
     if given.what == "picture":
-        picture(given.log, given.points, given.picture)
+        picture(given.log, given.report, given.picture)
         return
     found = table(load(given.model, given.kept), given.lengths, given.items, given.tasks)
-    for length, row in found.items():
-        print(length, {task: round(cell["accuracy"], 3) for task, cell in row.items()}, flush=True)
     if given.out and given.what == "report":
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps({"model": given.model.name, "items": given.items, "table": found}, indent=1))

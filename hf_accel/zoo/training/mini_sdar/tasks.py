@@ -16,8 +16,8 @@ Nothing is aligned to blocks. Questions and answers (the answer is what the mode
     ? + 3 4 7 & 2 8 5         add      7 5 1 2 , 4 8 1 3 , 3 2 0 6 = 0 6 3 2    (digits, carry, digit; low digits first)
 
 **Held out by content**: a pair of (name, first word), (name, other), (name, first number) or of operands is reserved
-when a hash of it says so, one in eight; a training document never holds a reserved pair, every held-out question asks
-for one. Held-out items also come from a different stream of random numbers.
+when a hash of it says so, one in eight; no entry or sum of a training document is a reserved pair, every held-out
+question asks for one. Held-out items also come from a different stream of random numbers.
 """
 
 from __future__ import annotations
