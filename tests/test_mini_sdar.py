@@ -110,6 +110,12 @@ def test_answers_stand_in_the_context():
     assert ordered.answer == sorted(ordered.answer)
 
 
+def test_every_heldout_item_can_be_drawn():
+    """Some names have no reserved number to begin a list with; drawing on for one would never end."""
+    for seed in range(128):
+        assert len(tasks.heldout("sort", 64, seed).answer) >= 8
+
+
 def test_sums_are_right():
     for seed in range(5):
         item = tasks.heldout("add", 64, seed)

@@ -117,6 +117,8 @@ def picture(logs: Sequence[Path], report: Path, out: Path) -> None:
     begun = 0
     for log in logs:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
+        # A line stands for 15 s; where the machine stood still that is a step or two, and mostly noise.
+        lines = [line for line, last in zip(lines[1:], lines, strict=False) if line["step"] - last["step"] > 5]
         for index, task in enumerate(tasks.TASKS):
             label = task if log == logs[0] else None
             steps, values = [begun + line["step"] for line in lines], [line[task] for line in lines]

@@ -145,7 +145,11 @@ class _Draw:
         return [IDS["~"], key, *text, IDS[";"]], Turn("copy", [IDS["?"], IDS["~"], key], text)
 
     def numbers(self, hold: bool = False) -> tuple[list[int], Turn]:
-        key = self.free.pop()
+        # With so few numbers a name may have no reserved one.
+        key = next(
+            key for key in reversed(self.free) if any(reserved(key, _NUMBER + n) == hold for n in range(COUNTED))
+        )
+        self.free.remove(key)
         first = self._first(key, _NUMBER, COUNTED, hold)
         others = [int(n) + _NUMBER for n in self.rng.permutation(COUNTED) if int(n) + _NUMBER != first]
         items = [first, *others[: int(self.rng.integers(7, 12))]]
