@@ -18,10 +18,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_accel
+from hf_accel import registry
 from hf_accel.api import applied_methods
+from hf_accel.attention.block_split import split_attention
+from hf_accel.block_method import BlockAttentionConfig, BlockAttentionMethod, BlockRunner
 from hf_accel.errors import NotApplicable, RevertRefused
+from hf_accel.hosts import block_attention
 from hf_accel.hosts.block_sdar import OTHER_COMPUTATION, OTHER_MASK
 from hf_accel.hosts.block_seam import SEAT, MaskMemo, split_mask
+from hf_accel.hosts.target import Model
+from hf_accel.ledger import Ledger
+from hf_accel.report import MethodReport
 from hf_accel.zoo import sdar as modeling
 
 LAYERS = sdar_models.SDAR["num_hidden_layers"]
@@ -423,6 +430,97 @@ def test_an_offloaded_model():
     with hf_accel.apply(model, "prefix-split") as applied:
         assert close(denoise(model, prompt(8))[0], logits)
     assert not run_of(applied).dense_calls
+
+
+# -- state of methods ----------------------------------------------------------------------------------------------
+
+
+class Diary:
+    """A core that writes down its calls and resets."""
+
+    traceable = False
+
+    def __init__(self):
+        self.pages = []
+
+    def attend(self, call):
+        self.pages.append((call.generation, call.index, call.layer.index))
+        return split_attention(call)
+
+    def reset(self):
+        self.pages.append("reset")
+
+
+class Stateful(BlockAttentionMethod):
+    """A method whose state tells for which calls it was used."""
+
+    name, facts, Config = "stateful", registry.get("losa").facts, BlockAttentionConfig
+
+    def attend(self, call, state):
+        state.append((call.generation, call.index, call.layer.index))
+        self.seen.append(list(state))
+        return split_attention(call)
+
+    def new_state(self):
+        return []
+
+
+def installed(model, core):
+    return block_attention.install(Model("model", model), core, Ledger(), MethodReport("test", {}, "model", "class"))
+
+
+def test_a_core_is_reset_at_every_block_and_request():
+    model, core = sdar(num_hidden_layers=2), Diary()
+    installed(model, core)
+    for _ in range(2):
+        denoise(model, prompt(8), blocks=2)
+    expected = []
+    for generation in range(2):
+        for _ in range(2):
+            expected += ["reset", *((generation, step, layer) for step in range(BLOCK) for layer in range(2))]
+    assert core.pages == expected
+
+
+def test_state_is_of_one_layer_in_one_block():
+    model = sdar(num_hidden_layers=2)
+    method = Stateful(BlockAttentionConfig())
+    method.seen = []
+    installed(model, BlockRunner(method))
+    denoise(model, prompt(8), blocks=2)
+    for state in method.seen:
+        assert len({layer for *_, layer in state}) == 1
+        assert [step for _, step, _ in state] == list(range(len(state)))
+    assert max(map(len, method.seen)) == BLOCK
+
+
+def test_state_is_not_copied_with_the_model():
+    """The copy begins a block of its own, though its clock stands where the original's stood when that began."""
+    model = sdar(num_hidden_layers=1)
+    method = Stateful(BlockAttentionConfig())
+    method.seen = []
+    seam = installed(model, BlockRunner(method))
+    cache, block = DynamicCache(), torch.full((1, BLOCK), sdar_models.MASK)
+    with torch.no_grad():
+        model(prompt(8), past_key_values=cache, store_kv=True)
+        model(block, past_key_values=cache)
+        twin = copy.deepcopy(model)
+        twin(block, past_key_values=copy.deepcopy(cache))
+        model(block, past_key_values=cache)
+    theirs = twin.model.layers[0].self_attn.__dict__[SEAT].seam
+    assert theirs is not seam
+    assert theirs.core._states == {0: [(0, 0, 0)]}
+    assert seam.core._states == {0: [(0, 0, 0), (0, 1, 0)]}
+
+
+def test_settings_that_exclude_calls_are_exact_and_counted():
+    model = sdar(num_hidden_layers=2)
+    method = Stateful(BlockAttentionConfig(min_prefix=8, dense_layers=1))
+    method.seen = []
+    run = installed(model, BlockRunner(method)).run
+    denoise(model, prompt(8), blocks=2)
+    assert {state[-1][2] for state in method.seen} == {1}
+    assert len(method.seen) == BLOCK  # of the second block: the first has 8 tokens in front
+    assert run.calls == 2 * 2 * BLOCK
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

@@ -271,14 +271,29 @@ def test_rows_of_another_request_under_the_same_shape():
 
 
 def test_an_exception_ends_the_request():
+    """Also where the next forward would pass for its next step."""
     run = Steps()
     run.prompt(8)
     run.forward(open_block())
-    with pytest.raises(IndexError):
-        run.forward(torch.full((1, BLOCK), 1000))
+
+    def fail(*_):
+        raise ArithmeticError
+
+    handle = run.model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError):
+        run.forward(open_block())
+    handle.remove()
     assert run.watch.context.step is None
     run.forward(open_block(1, 1))
     assert run.said()[-1][:4] == ("denoise", 1, 0, 0)
+
+
+def test_a_prompt_after_a_prompt_that_nobody_went_on_with():
+    run = Steps()
+    for generation in range(2):
+        run.cache.reset()
+        run.prompt(8)
+        assert run.said() == [("prefill", generation, -1, 0, 0, 8)]
 
 
 def test_forwards_without_a_cache():
