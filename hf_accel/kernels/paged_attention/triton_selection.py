@@ -49,9 +49,9 @@ def score_kernel(
     counts = page < num_pages
     base = batch * stride_lb + kv_head * stride_lh
     low, high = load_rows(Low + base, High + base, page, counts, stride_lp, stride_lp, True, False, D, BLOCK_D)
-    zero = tl.zeros_like(query)
-    score = tl.dot(tl.maximum(query, zero), tl.trans(high), input_precision=PRECISION)
-    score = tl.dot(tl.minimum(query, zero), tl.trans(low), score, input_precision=PRECISION)
+    zero = tl.zeros_like(query)  # tl.maximum would make fp32 of bf16 on Triton 3.6
+    score = tl.dot(tl.where(query > zero, query, zero), tl.trans(high), input_precision=PRECISION)
+    score = tl.dot(tl.where(query < zero, query, zero), tl.trans(low), score, input_precision=PRECISION)
     if HAS_VALID:
         known = tl.load(PageValid + batch * num_pages + page, mask=counts, other=0) != 0
         score = tl.where(known[None, :], score, float("-inf"))
