@@ -349,6 +349,19 @@ def mini_sd_judge(data: dict[str, Any]) -> str:
     )
 
 
+def mini_sdar_judge(data: dict[str, Any]) -> str:
+    """Accuracy of mini-sdar by task and prompt length."""
+    tasks = list(next(iter(data["table"].values())))
+    rows = [
+        [f"{int(length):,}", *(f"{100 * cells[task]['accuracy']:.1f} %" for task in tasks)]
+        for length, cells in sorted(data["table"].items(), key=lambda item: int(item[0]))
+    ]
+    return (
+        f"{data['items']} held-out items a cell, static low-confidence rule, one token a step (docs/zoo.md).\n\n"
+        + table(["prompt, tokens", *tasks], rows)
+    )
+
+
 JUDGED = [
     ("rendered", "rendered"),
     ("rendered_through_vae", "rendered, through the VAE and back"),
@@ -456,6 +469,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("deepcache_peer.json", "deepcache beside the authors' package", deepcache_peer),
     ("deepcache_macs.json", "MACs of deepcache on Stable Diffusion 1.5 and XL", deepcache_macs),
     ("mini_sd_judge.json", "What mini-sd shows of its prompts", mini_sd_judge),
+    ("mini_sdar_judge.json", "Answers of mini-sdar", mini_sdar_judge),
     ("deepcache_gpu.json", "deepcache on Stable Diffusion 1.5 and XL, on a GPU", deepcache_gpu),
     ("losa_quality.json", "losa and quest on mini-sdar", losa_quality),
     ("losa_step_cpu.json", "Attention of a denoising step against a long prefix, on a CPU", losa_step),

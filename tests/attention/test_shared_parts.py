@@ -7,8 +7,8 @@ import torch
 
 from hf_accel.attention.gate import resolve_share
 from hf_accel.attention.layout import density, expand_block_map, offsets
-from hf_accel.attention.merge import merge_lse
 from hf_accel.errors import InvalidSetting
+from hf_accel.kernels.paged_attention import lse_merge
 
 
 def random_blocks(batch: int, heads: int, blocks: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +54,7 @@ def test_merging_two_halves_is_attention_over_both(cut):
     query, key, value = (torch.randn(2, 3, 40, 16, generator=generator) for _ in range(3))
     first = attention(query, key[:, :, :cut], value[:, :, :cut])
     second = attention(query, key[:, :, cut:], value[:, :, cut:])
-    out, lse = merge_lse(*first, *second)
+    out, lse = lse_merge(*first, *second)
     expected, expected_lse = attention(query, key, value)
     assert torch.allclose(out, expected, atol=1e-5)
     assert torch.allclose(lse, expected_lse, atol=1e-5)
@@ -66,17 +66,17 @@ def test_merging_with_a_side_that_saw_no_key():
     out_a[0, 0, 1:] = float("nan")  # never written by a kernel that had nothing to do
     out_b[0, 0, 0] = float("nan")
     out_b[0, 0, 2] = float("nan")
-    out, lse = merge_lse(out_a, lse_a, out_b, lse_b)
+    out, lse = lse_merge(out_a, lse_a, out_b, lse_b)
     assert torch.equal(out[0, 0, 0], out_a[0, 0, 0])
     assert torch.equal(out[0, 0, 1], out_b[0, 0, 1])
     assert torch.equal(out[0, 0, 2], torch.zeros(4))
     assert lse[0, 0].tolist() == [0.5, 300.0, -torch.inf]
 
 
-def test_merging_keeps_the_dtype_and_works_in_fp32():
+def test_merging_half_types_works_in_fp32():
     out = torch.ones(1, 1, 1, 4, dtype=torch.bfloat16)
-    merged, lse = merge_lse(out, torch.zeros(1, 1, 1), 3 * out, torch.zeros(1, 1, 1))
-    assert merged.dtype == torch.bfloat16
+    merged, lse = lse_merge(out, torch.zeros(1, 1, 1), 3 * out, torch.zeros(1, 1, 1))
+    assert merged.dtype == torch.float32
     assert merged.flatten().tolist() == [2.0] * 4
     assert lse.item() == pytest.approx(0.6931472)
 
