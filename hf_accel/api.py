@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,7 +114,8 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
             shipped ``configs/`` recommend for this very model.
         revision: branch, tag or commit of a Hub preset.
         **settings: settings of a single named method. They change the settings that ``configs/`` has for this
-            model and method, or else the method's defaults.
+            model and method, or else the method's defaults. Also what methods take beside settings (calibration
+            texts, a tokenizer, ...), which goes to every method asked for that takes it.
 
     Returns:
         Applied: handle with ``report()``, ``stats()``, ``revert()``; a context manager.
@@ -130,7 +131,9 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
     A failure leaves the model as it was. Applying a method that is already there replaces it.
     """
     found = resolve(target)
-    wanted = _wanted(found, method, revision, settings)
+    inputs = {name for cls in registry.methods().values() for name in cls.inputs}
+    given = {name: settings.pop(name) for name in list(settings) if name in inputs}
+    wanted = _hand_over(_wanted(found, method, revision, settings), given)
     _check_each_other(wanted_types(wanted.values()))
     plan: list[tuple[Model, Wanted]] = []
     refusals: list[str] = []
@@ -286,6 +289,8 @@ def _read(target: Target, item: Any, revision: str | None, settings: dict[str, A
 def _named(target: Target, name: str, settings: dict[str, Any]) -> PerModel:
     """A method by name: the settings the configs have for each model, changed by the caller's."""
     cls = registry.get(name)
+    given = {key: settings[key] for key in cls.inputs if key in settings}
+    settings = {key: value for key, value in settings.items() if key not in given}
     out = {}
     for model in target.models:
         known = families.settings_for(model, name)
@@ -293,11 +298,28 @@ def _named(target: Target, name: str, settings: dict[str, Any]) -> PerModel:
             origin = (
                 "settings given by the caller" if settings else "the method's defaults; none are known for this model"
             )
-            out[model.name] = Wanted(name, cls.Config.build(settings), origin)
+            out[model.name] = Wanted(name, cls.Config.build(settings), origin, given)
         else:
             changed = f", changed by the caller: {', '.join(settings)}" if settings else ""
-            out[model.name] = Wanted(name, known.config.replace(**settings), known.origin + changed)
+            out[model.name] = Wanted(name, known.config.replace(**settings), known.origin + changed, given)
     return out
+
+
+def _hand_over(wanted: dict[str, PerModel], given: dict[str, Any]) -> dict[str, PerModel]:
+    """Each method with those of the caller's inputs that it takes; refuses one that nobody takes."""
+    takers = {name: registry.get(next(iter(per_model.values())).method).inputs for name, per_model in wanted.items()}
+    for key, value in given.items():
+        if not any(key in inputs for inputs in takers.values()):
+            raise InvalidSetting(
+                ", ".join(wanted), key, type(value).__name__, "absent: no method asked for takes it"
+            )  # fmt: skip
+    return {
+        name: {
+            model: replace(w, given={**{key: given[key] for key in takers[name] if key in given}, **w.given})
+            for model, w in per_model.items()
+        }
+        for name, per_model in wanted.items()
+    }
 
 
 def _recommended(target: Target) -> dict[str, PerModel]:
@@ -405,21 +427,24 @@ def _install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Mod
     try:
         for model, wanted in plan:
             before = former.get((model.name, wanted.method))
-            done.append((model, _put(model, wanted.config, wanted.origin, clocks[wanted.method], before)))
+            done.append((model, _put(model, wanted, clocks[wanted.method], before)))
     except BaseException:
         _undo(done)
         for model, old in replaced:
-            _put(model, old.method.config, old.report.origin, clocks[old.method.name], old.method)
+            again = Wanted(old.method.name, old.method.config, old.report.origin, old.method.given)
+            _put(model, again, clocks[old.method.name], old.method)
         raise
     return done
 
 
-def _put(model: Model, config: Config, origin: str, clock: Clock, former: Method | None = None) -> Installation:
+def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = None) -> Installation:
+    config = wanted.config
     method = registry.get(config.METHOD)(config)
+    method.given = dict(wanted.given)
     if former is not None:
         method.take_over(former)
     settings = config.to_dict()["settings"]
-    report = MethodReport(method.name, settings, model.name, model.class_name, origin)
+    report = MethodReport(method.name, settings, model.name, model.class_name, wanted.origin)
     installation = Installation(method, Ledger(), report)
     try:
         installation.handle = method.install(model, installation.ledger, report, clock)

@@ -178,6 +178,8 @@ class Method(ABC):
         facts: see :class:`Facts`.
         Config: the settings class.
         trained_with: settings to which trained parameters are bound; weights trained with others are refused.
+        inputs: what it takes beside settings, by keyword of ``apply``: data or objects, which no preset can hold
+            (calibration texts, a tokenizer). In :meth:`install` those handed over are in ``self.given``.
     """
 
     name: ClassVar[str]
@@ -186,9 +188,11 @@ class Method(ABC):
     facts: ClassVar[Facts]
     Config: ClassVar[type[Settings]]
     trained_with: ClassVar[tuple[str, ...]] = ()
+    inputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Settings):
         self.config = config
+        self.given: dict[str, Any] = {}
 
     @classmethod
     @abstractmethod

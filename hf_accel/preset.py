@@ -43,11 +43,15 @@ _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*\Z")
 
 @dataclass(frozen=True)
 class Wanted:
-    """One method to apply: its name, its settings, and in words where they come from (for the report)."""
+    """One method to apply: its name, its settings, and in words where they come from (for the report).
+
+    ``given`` holds what the caller handed over beside settings (:attr:`hf_accel.method.Method.inputs`).
+    """
 
     method: str
     config: Config
     origin: str
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

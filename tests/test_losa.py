@@ -205,12 +205,13 @@ def test_nothing_active_and_nothing_moved_is_the_step_before():
     assert (again.notes["density"], again.notes["active"], again.notes["pages"]) == (0.0, 0.0, 0.0)
 
 
-def test_stable_rows_keep_their_bits():
-    scene, method = Scene(7), losa()
+@pytest.mark.parametrize("reference", ["prev", "anchor"])
+def test_stable_rows_keep_their_bits(reference):
+    scene, method = Scene(7), losa(reference=reference)
     state = method.new_state()
     method.attend(scene.call(0), state)
     for index in range(1, 4):
-        out, lse, before = state.part.out.clone(), state.part.lse.clone(), scene.query
+        out, lse, before = state.part.out.clone(), state.part.lse.clone(), state.part.reference
         call = scene.call(index)
         method.attend(call, state)
         rows = (call.query - before).square().sum((1, 3)).topk(3, 1).indices

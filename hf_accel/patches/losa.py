@@ -16,6 +16,8 @@ Decisions, INFERRED where the summaries are silent:
   leaves it as it is. The abstract says hidden state; the query is what the prefix sees of it, and is at hand.
 * ``reference="prev"`` compares with the step before, as published: a row that drifts slowly is never computed anew.
   ``"anchor"`` compares with the query that the kept part was computed from, so the distance is its true staleness.
+  Ours is the default: it costs nothing more, and on mini-sdar it answers as Quest does at the same budget, where
+  ``"prev"`` falls far behind (docs/results.md). Rows of the configs for the paper's models keep what was published.
 * ``k_act``: one summary has half a block, the other 5 rows of 16 as best. The default is ``ceil(0.3 b)``: 5 of 16.
 * Tokens that a step committed are active in the next (``force_changed``): a mask became a word. If more are committed
   than ``k_act``, so many rows are active, in all rows of a batch: a batch may compute more than its rows alone. Where
@@ -68,8 +70,8 @@ class LoSAConfig(PagedPrefixConfig):
         0.3, "active tokens of a block: a count, or a share of the block, rounded up", share=True
     )
     reference: str = setting(
-        "prev",
-        "what a query is compared with: that of the step before (published), or that of its kept part",
+        "anchor",
+        "what a query is compared with: that of its kept part, or that of the step before (prev, published)",
         choices=("prev", "anchor"),
     )
     force_changed: bool = setting(True, "tokens that changed since the last step are active, whatever k_act is")

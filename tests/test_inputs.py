@@ -1,0 +1,68 @@
+"""What a method takes beside settings: handed over by keyword to those that take it, refused where nobody does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+
+import hf_accel
+from hf_accel import errors, registry
+from hf_accel.config import Config
+from hf_accel.method import Facts, Method
+
+
+@pytest.fixture
+def calibrated(monkeypatch):
+    """A method that takes texts, and one that takes nothing."""
+    registry.methods()
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    class Tag(Method):
+        name, paper, summary = "tag", "none", "for tests"
+        facts = Facts(site="linear", exact=True)
+        Config = type("TagConfig", (Config,), {"METHOD": "tag"})
+
+        @classmethod
+        def why_not(cls, model: Any) -> str | None:
+            return None
+
+        def install(self, model: Any, ledger: Any, report: Any, clock: Any) -> Any:
+            if self.given.get("texts") == "bad":
+                raise errors.NotApplicable("bad texts")
+            ledger.set(model.module, self.name, self.given)
+
+    class Calibrated(Tag):
+        name, inputs = "calibrated", ("texts",)
+        Config = type("CalibratedConfig", (Config,), {"METHOD": "calibrated"})
+
+    registry.register(Tag)
+    registry.register(Calibrated)
+
+
+def test_inputs_reach_the_methods_that_take_them(calibrated):
+    model, texts = tiny.build("wan"), ["a"]
+    with hf_accel.apply(model, ["tag", "calibrated"], texts=texts):
+        assert model.calibrated["texts"] is texts
+        assert model.tag == {}
+    with hf_accel.apply(model, {"calibrated": {"texts": texts}, "tag": {}}):
+        assert model.calibrated["texts"] is texts
+    with hf_accel.apply(model, "calibrated") as applied:
+        assert model.calibrated == {}
+        assert "texts" not in applied.report().entries[0].settings
+
+
+def test_an_input_that_nobody_takes_is_refused(calibrated):
+    with pytest.raises(errors.InvalidSetting, match="texts"):
+        hf_accel.apply(tiny.build("wan"), "tag", texts=["a"])
+    with pytest.raises(errors.InvalidSetting, match="wrong"):
+        hf_accel.apply(tiny.build("wan"), "calibrated", wrong=1)
+
+
+def test_a_failed_replacement_hands_the_inputs_over_again(calibrated):
+    model = tiny.build("wan")
+    hf_accel.apply(model, "calibrated", texts=["a"])
+    with pytest.raises(errors.NotApplicable, match="bad texts"):
+        hf_accel.apply(model, "calibrated", texts="bad")
+    assert model.calibrated == {"texts": ["a"]}
