@@ -66,3 +66,7 @@ class UnsupportedByKernel(HFAccelError, ValueError):
 
 class WeightsMismatch(HFAccelError, ValueError):
     """Trained parameters of a method that do not belong to this model or these settings. Names both sides."""
+
+
+class QuantizationError(HFAccelError, ValueError):
+    """A weight, a grid, packed words or a Gram matrix that cannot be quantised, read or used. Names what came."""
