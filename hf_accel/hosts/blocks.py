@@ -41,12 +41,12 @@ def block_names(model: torch.nn.Module) -> list[str]:
 
 
 def is_linear(module: torch.nn.Module) -> bool:
-    """Whether a module multiplies its last axis by a 2-D weight: ``nn.Linear``, transformers' ``Conv1D``, or packed."""
-    return (
-        isinstance(module, torch.nn.Linear)
-        or is_a(module, "transformers.pytorch_utils", "Conv1D")
-        or (hasattr(module, "qweight") and hasattr(module, "in_features"))
-    )
+    """Whether a module maps its last axis by one weight: ``nn.Linear``, what other libraries put in its place (a leaf
+    with ``in_features`` and ``out_features``), or transformers' ``Conv1D``."""
+    if isinstance(module, torch.nn.Linear) or is_a(module, "transformers.pytorch_utils", "Conv1D"):
+        return True
+    sized = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return sized and not module._modules
 
 
 def _declared(model: torch.nn.Module) -> Iterable[set[str]]:

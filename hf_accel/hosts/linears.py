@@ -6,9 +6,9 @@ weights; the plan itself is not touched). Its hooks belong to the place: the hoo
 the new module, so a handle that was given out earlier removes its hook from both, and a hook that is registered while
 the new module stands is there after undo.
 
-What is refused, in words: a linear with a parametrization (its weight is computed anew at every access), with weights
-that accelerate keeps elsewhere, with a sharded weight, and one that shares its weight with something that is no linear
-(a tied head and its embedding).
+What is refused, in words: a linear whose weight is computed (a parametrization, weight norm), kept elsewhere (offloading
+by accelerate or diffusers), sharded over devices, or shared with something that is no linear (a tied head and its
+embedding).
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import copy
 import dataclasses
 import difflib
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,10 +28,9 @@ from hf_accel.hosts.blocks import block_names, is_linear
 from hf_accel.hosts.linear_roles import ROLES, role_of
 from hf_accel.hosts.target import is_a
 from hf_accel.ledger import Ledger
+from hf_accel.quant.packed_linear import PackedLinear
 
-__all__ = ["ROLES", "LinearSite", "Survey", "find_linears", "replace", "survey"]
-
-# Where hooks of a module live. Handles hold these dictionaries weakly, hence they are shared, not copied.
+# Where hooks of a module live. Handles refer to these dictionaries, hence they are shared, not copied.
 _HOOK_STORES = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
@@ -45,10 +43,10 @@ class LinearSite:
     """One linear layer in its place.
 
     Attributes:
-        name: dotted name, without the wrappers of peft: what users and checkpoints call it.
+        name: dotted name, without the wrappers of peft and ``torch.compile``: what users and checkpoints call it.
         module: the linear; inside a peft wrapper its ``base_layer``.
         parent: the module that holds it, as ``attribute``.
-        role: one of :data:`ROLES`.
+        role: one of :data:`~hf_accel.hosts.linear_roles.ROLES`.
         kind: ``"linear"`` (``nn.Linear``), ``"conv1d"`` (transformers' ``Conv1D``, weight ``[in, out]``) or
             ``"packed"`` (our :class:`~hf_accel.quant.packed_linear.PackedLinear`).
         in_features: size of the input's last axis.
@@ -70,7 +68,7 @@ class LinearSite:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight as ``[out, in]``, a view where the layer stores it; dequantised where it is packed."""
+        """The weight as ``[out, in]``: a view of the layer's own; where it is packed, dequantised anew."""
         module: Any = self.module
         if self.kind == "packed":
             return module.dequantize_weight()
@@ -83,8 +81,7 @@ class LinearSite:
         return None if bias is None else bias.detach()
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(NamedTuple):
     """Linears that were asked for: those that can be worked with, and why others cannot (name to reason)."""
 
     sites: list[LinearSite]
@@ -100,11 +97,11 @@ def find_linears(
 
     Args:
         root: a transformers or diffusers model, or any part of one.
-        targets: what to look for; None is every linear inside the model's blocks but the routers of experts (all
-            linears, if ``root`` has no blocks). Each text is a role (:data:`ROLES`; inside the blocks, ``"head"``
-            anywhere), a dotted name, the end of one (``"q_proj"``, ``"mlp.fc1"``), or a regular expression for a whole
-            name.
-        exclude: names, ends of names, regular expressions or roles to leave out.
+        targets: what to look for; None is every linear inside the model's blocks (all, if ``root`` has none) but a
+            head and the routers of experts. Each text is a role (inside the blocks; ``"head"`` anywhere), a dotted
+            name, the end of one (``"q_proj"``, ``"mlp.fc1"``), or a regular expression for a whole name.
+        exclude: roles, names, ends of names or regular expressions to leave out. Where one of several linears that
+            share a weight is left out, all are.
 
     Raises:
         InvalidSetting: a target that no linear of the model answers to; names the nearest.
@@ -117,31 +114,32 @@ def survey(
     targets: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
 ) -> Survey:
-    """:func:`find_linears`, with the linears that cannot be worked with and the reasons.
+    """:func:`find_linears`, and the linears that cannot be worked with, with the reasons.
 
     Experts that are stored as one 3-D weight are no linears and are named among the skipped.
     """
-    wanted = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
-    unwanted = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    wanted = _texts("targets", targets)
+    unwanted = _texts("exclude", exclude) or ()
     blocks = block_names(root)
-    found = _all_linears(root)
-    inside = {site.name for site, _ in found if not blocks or _is_inside(_raw_name(site), blocks)}
-    chosen: list[tuple[LinearSite, str | None]] = []
-    answered: Counter[str] = Counter()
-    for site, reason in found:
-        if wanted is None:
-            hit = site.name in inside and site.role != "router"
-        else:
-            hits = [text for text in wanted if _matches(site, text, site.name in inside)]
-            answered.update(hits)
-            hit = bool(hits)
-        if hit and not any(_matches(site, text, True) for text in unwanted):
-            chosen.append((site, reason))
+    found = list(_all_linears(root, blocks))
     for text in wanted or ():
-        if not answered[text]:
-            raise _unanswered(text, [site for site, _ in found])
-    skipped = {site.name: reason for site, reason in chosen if reason is not None}
-    sites = _without_raw_names(_joined([site for site, reason in chosen if reason is None], root))
+        if not any(_answers(entry, text) for entry in found):
+            raise _unanswered(text, found)
+    groups = _groups(found)
+    owners = _other_owners(root)
+    sites: list[LinearSite] = []
+    skipped: dict[str, str] = {}
+    for group in groups:
+        if any(_answers(entry, text) for entry in group for text in unwanted):
+            continue
+        if not any(_asked_for(entry, wanted) for entry in group):
+            continue
+        if (reason := group[0].reason) is not None:
+            skipped |= {entry.site.name: reason for entry in group}
+            continue
+        first, *others = (entry.site for entry in group)
+        shared = owners.get(_identity(group[0].site), ())
+        sites.append(dataclasses.replace(first, tied=tuple(others), shared_with=tuple(shared)))
     if wanted is None:
         skipped |= _stacked_experts(root, blocks)
     return Survey(sites, skipped)
@@ -150,25 +148,28 @@ def survey(
 def replace(site: LinearSite, module: torch.nn.Module, ledger: Ledger) -> None:
     """Put ``module`` in the place of a linear, and in the places tied to it; undone by the ledger, exactly.
 
-    The new module is moved to the device of the old one, takes its training flag and its hooks, and those of accelerate
-    that only move inputs between devices. Its dtype is its own. Places that are tied to the first get a module of their
-    own that shares the parameters and buffers (moving a model to another device makes copies of shared buffers).
+    The new module is moved to the device of the old one and takes its training flag, its hooks, and those hooks of
+    accelerate that only move inputs between devices. Its dtype is its own. A place that is tied to the first gets a
+    module of its own with the same parameters and buffers.
 
     Args:
-        module: with ``in_features`` and ``out_features`` of the site, without hooks.
+        site: from :func:`find_linears`.
+        module: has ``in_features`` and ``out_features`` of the site, and no hooks.
+        ledger: of the model.
 
     Raises:
         WeightsMismatch: it has another shape.
         NotApplicable: the linear cannot be replaced; says why and what to do.
-        Conflict: the linear does not stand there any more.
+        Conflict: the linear does not stand there any more, or ``module`` has hooks.
     """
-    new: Any = module
-    sizes = (getattr(new, "in_features", None), getattr(new, "out_features", None))
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if sizes != (site.in_features, site.out_features):
         raise WeightsMismatch(
             f"{site.name} maps {site.in_features} features to {site.out_features}; its replacement, a "
             f"{type(module).__name__}, maps {sizes[0]} to {sizes[1]}."
         )
+    if any(getattr(module, store) for store in _HOOK_STORES):
+        raise Conflict(f"The {type(module).__name__} for {site.name} has hooks. Register them after the replacement.")
     places = (site, *site.tied)
     for place in places:
         if getattr(place.parent, place.attribute, None) is not place.module:
@@ -179,10 +180,11 @@ def replace(site: LinearSite, module: torch.nn.Module, ledger: Ledger) -> None:
         reason = why_irreplaceable(place)
         if reason is not None:
             raise NotApplicable(f"{place.name} cannot be replaced: {reason}.")
-    module.to(_device(site.module))
+    module.to(_stored_weight(site.module).device)
     for place in places:
-        standing = module if place is site else _twin(module)
-        _carry_over(place.module, standing)
+        standing = module if place.module is site.module else _twin(module)
+        if standing is not module or place is site:
+            _take_over(place.module, standing)
         ledger.set(place.parent, place.attribute, standing)
 
 
@@ -194,42 +196,203 @@ def why_irreplaceable(site: LinearSite) -> str | None:
             f"its weight is also that of {' and '.join(site.shared_with)}, which is no linear. Leave it out of the "
             "targets, or untie the two first (a copy of the weight, and tie_word_embeddings=False in the config)"
         )
-    if torch.nn.utils.parametrize.is_parametrized(module):
+    if site.kind != "packed" and "weight" not in module._parameters:
         return (
-            "it has a parametrization; make the computed weight its own first "
-            "(torch.nn.utils.parametrize.remove_parametrizations)"
+            "its weight is computed from others. Make the result its own first "
+            "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm)"
         )
-    if any(hasattr(hook, "recompute") or type(hook).__name__ == "WeightNorm" for hook in _pre_hooks(module)):
-        return "its weight is normalised by a hook; torch.nn.utils.remove_weight_norm first"
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and not _only_aligns(hook):
         return (
-            f"accelerate keeps its weights elsewhere ({type(hook).__name__}); load the model without offloading, or "
+            f"accelerate keeps its weights elsewhere ({type(hook).__name__}). Load the model without offloading, or "
             "take the hooks off (pipe.remove_all_hooks(), accelerate.hooks.remove_hook_from_module)"
         )
-    parameters = list(module.parameters(recurse=False))
-    if any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") for parameter in parameters):
-        return "its weight is sharded over devices; replace before the model is distributed"
-    if any(parameter.is_meta for parameter in parameters):
+    if (registry := module.__dict__.get("_diffusers_hook")) is not None:
+        return f"hooks of diffusers stand on it ({', '.join(registry.hooks)}). Take them off, or apply before them"
+    weight = _stored_weight(module)
+    if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
+        return "its weight is sharded over devices. Replace before the model is distributed"
+    if weight.is_meta:
         return "its weight is on the meta device: the model is not loaded, or offloaded"
     return None
 
 
-def _all_linears(root: torch.nn.Module) -> list[tuple[LinearSite, str | None]]:
-    """Every linear below ``root`` with the reason why it cannot be worked with, under its name in the module tree."""
-    found: list[tuple[LinearSite, str | None]] = []
+class _Found(NamedTuple):
+    """A linear, whether it stands inside a block, and why it cannot be worked with (None if it can)."""
+
+    site: LinearSite
+    inside: bool
+    reason: str | None
+
+
+def _all_linears(root: torch.nn.Module, blocks: list[str]) -> Iterator[_Found]:
+    """Every linear below ``root`` but those that belong to adapters, also where a module stands in several places."""
+    modules: dict[str, Any] = dict(root.named_modules(remove_duplicate=False))
     head = _output_head(root)
-    modules = dict(root.named_modules(remove_duplicate=False))
-    for raw, module in modules.items():
-        if not raw or not is_linear(module):
+    prefixes = tuple(f"{block}." for block in blocks)
+    for path, module in modules.items():
+        if not path or not is_linear(module) or _of_adapter(path, modules):
             continue
-        holder, _, attribute = raw.rpartition(".")
-        parent = modules[holder]
-        kind, reason = _kind(module, parent)
-        if reason is None and kind == "" or _is_adapter(holder, modules):
-            continue
-        role = "head" if module is head else role_of(_plain(raw, modules), module, parent)
+        holder, _, attribute = path.rpartition(".")
+        outer = holder.rpartition(".")[0] if attribute == "base_layer" else holder
+        name = ".".join(part for part in path.split(".") if part not in ("base_layer", "_orig_mod"))
+        role = "head" if module is head else role_of(name, module, modules[outer])
+        kind, reason = _kind(module, modules[holder])
         rows, columns = _features(module, kind)
-        site = LinearSite(raw, module, parent, attribute, role, kind, columns, rows)
-        found.append((site, reason))
-    return found
+        site = LinearSite(name, module, modules[holder], attribute, role, kind, columns, rows)
+        yield _Found(site, not blocks or path.startswith(prefixes), reason)
+
+
+def _kind(module: Any, parent: torch.nn.Module) -> tuple[str, str | None]:
+    """The kind of a linear, and why it cannot be worked with."""
+    if isinstance(module, PackedLinear):
+        return "packed", None
+    if is_a(module, "transformers.pytorch_utils", "Conv1D"):
+        return "conv1d", None
+    name = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
+    if not isinstance(module, torch.nn.Linear):
+        return "foreign", f"quantised or replaced by another library: {name}"
+    if isinstance(parent, torch.nn.MultiheadAttention):
+        return "linear", "nn.MultiheadAttention reads its weight and does not call it"
+    weight = module._parameters.get("weight")
+    if weight is not None and (type(weight.data) is not torch.Tensor and not hasattr(weight, "device_mesh")):
+        return "foreign", f"its weight is a {type(weight.data).__name__}: quantised by another library"
+    if weight is not None and (not weight.is_floating_point() or weight.ndim != 2):
+        return "foreign", f"quantised by another library: {name}"
+    if type(module).forward is not torch.nn.Linear.forward:
+        return "foreign", f"{name} has a forward of its own"
+    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__ and "_diffusers_hook" not in module.__dict__:
+        return "foreign", "its forward was replaced on the instance"
+    return "linear", None
+
+
+def _features(module: Any, kind: str) -> tuple[int, int]:
+    """``(out, in)``."""
+    if kind == "conv1d":
+        return int(module.nf), int(module.nx)
+    return int(module.out_features), int(module.in_features)
+
+
+def _of_adapter(path: str, modules: Mapping[str, torch.nn.Module]) -> bool:
+    """Whether a module is a part of what peft wraps around a layer, and not the layer itself."""
+    parts = path.split(".")
+    for depth in range(1, len(parts)):
+        wrapper = modules[".".join(parts[:depth])]
+        if "base_layer" in wrapper._modules and parts[depth] != "base_layer":
+            return True
+        if "modules_to_save" in wrapper._modules and "original_module" in wrapper._modules:
+            return True
+    return False
+
+
+def _output_head(root: torch.nn.Module) -> torch.nn.Module | None:
+    if not is_a(root, "transformers", "PreTrainedModel"):
+        return None
+    model: Any = root
+    return model.get_output_embeddings()
+
+
+def _texts(field: str, given: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    texts = (given,) if isinstance(given, str) else tuple(given)
+    for text in texts:
+        try:
+            re.compile(text)
+        except (re.error, TypeError) as error:
+            raise InvalidSetting(
+                "linears", field, text, f"a role, a name, the end of one, or a regular expression ({error})"
+            ) from error
+    return texts
+
+
+def _asked_for(entry: _Found, wanted: tuple[str, ...] | None) -> bool:
+    if wanted is None:
+        return entry.inside and entry.site.role not in ("router", "head")
+    return any(_answers(entry, text) for text in wanted)
+
+
+def _answers(entry: _Found, text: str) -> bool:
+    """Whether a linear is meant by a text; see :func:`find_linears`."""
+    site = entry.site
+    if text in ROLES and site.role == text:
+        return entry.inside or text == "head"
+    return site.name == text or site.name.endswith(f".{text}") or re.fullmatch(text, site.name) is not None
+
+
+def _unanswered(text: str, found: list[_Found]) -> InvalidSetting:
+    roles = sorted({entry.site.role for entry in found if entry.inside or entry.site.role == "head"})
+    ends = {entry.site.name.rpartition(".")[2]: None for entry in found}
+    near = difflib.get_close_matches(text, [*roles, *ends], n=3, cutoff=0.5)
+    allowed = f"a linear of this model (roles: {', '.join(roles)}; ends of names: {', '.join(ends)})"
+    return InvalidSetting("linears", "targets", text, f"{allowed}{f'; did you mean {near}' if near else ''}")
+
+
+def _stored_weight(module: torch.nn.Module) -> torch.Tensor:
+    """What a linear stores for its weight, whatever its form."""
+    stored: dict[str, Any] = {**module._buffers, **module._parameters}
+    for name in ("weight", "qweight"):
+        if stored.get(name) is not None:
+            return stored[name]
+    return next(tensor for tensor in (*module.parameters(), *module.buffers()) if tensor is not None)
+
+
+def _identity(site: LinearSite) -> Hashable:
+    """Equal for linears that have one weight."""
+    return _tensor_identity(_stored_weight(site.module))
+
+
+def _tensor_identity(tensor: torch.Tensor) -> Hashable:
+    if tensor.is_meta or not tensor.numel() or type(tensor.data) is not torch.Tensor:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _groups(found: list[_Found]) -> list[list[_Found]]:
+    """Linears by weight, in the order of the first of each."""
+    groups: dict[Hashable, list[_Found]] = {}
+    for entry in found:
+        groups.setdefault(_identity(entry.site), []).append(entry)
+    return list(groups.values())
+
+
+def _other_owners(root: torch.nn.Module) -> dict[Hashable, list[str]]:
+    """By weight, the modules that have it and are no linears."""
+    owners: dict[Hashable, list[str]] = {}
+    for name, module in root.named_modules():
+        if is_linear(module):
+            continue
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(_tensor_identity(parameter), []).append(f"{name} ({type(module).__name__})")
+    return owners
+
+
+def _stacked_experts(root: torch.nn.Module, blocks: list[str]) -> dict[str, str]:
+    prefixes = tuple(f"{block}." for block in blocks)
+    return {
+        name: f"{tuple(parameter.shape)}: the weights of {parameter.shape[0]} experts in one tensor, no linears"
+        for name, parameter in root.named_parameters()
+        if parameter.ndim == 3 and "expert" in name.lower() and name.startswith(prefixes)
+    }
+
+
+def _only_aligns(hook: Any) -> bool:
+    """Whether a hook of accelerate moves inputs to the device of the weights and does nothing else."""
+    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
+
+
+def _take_over(old: torch.nn.Module, new: torch.nn.Module) -> None:
+    new.train(old.training)
+    for store in _HOOK_STORES:
+        new.__dict__[store] = old.__dict__[store]
+    new._is_full_backward_hook = old._is_full_backward_hook
+    hook: Any = getattr(old, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, copy.copy(hook))
+
+
+def _twin(module: torch.nn.Module) -> torch.nn.Module:
+    """Another module with the same parameters and buffers: their dictionaries are shared, so a move moves both."""
+    return copy.copy(module)
