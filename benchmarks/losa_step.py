@@ -82,7 +82,7 @@ class Block:
         return BlockCall(
             query=query, key=key, value=value, prefix_key=self.key, prefix_value=self.value, prefix_valid=None,
             block_mask=None, scale=query.shape[-1] ** -0.5, layer=Layer("attention", 0, 1), index=1, changed=None,
-            most_changed=lambda: 0, dense=dense,
+            most_changed=0, dense=dense,
         )  # fmt: skip
 
     def steps(self, method: BlockAttentionMethod) -> Callable[[], torch.Tensor]:

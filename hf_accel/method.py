@@ -57,6 +57,8 @@ class Facts:
         media: kinds of hosts it is meant for; image hosts have one frame or no grid at all, text hosts are causal
             language models, where only the prefill is attended by a method.
         hosts: kinds of networks it works on; empty: all whose attention shows its media.
+        families: of block-diffusion models (:data:`hf_accel.hosts.block_context.FAMILIES`) it works on, by name;
+            empty: all.
         backward: gradients flow through it; otherwise calls that need gradients run dense and are counted.
         compile: works in a model under ``torch.compile(fullgraph=True)``.
         batched: handles batch > 1; other calls run dense and are counted.
@@ -73,6 +75,7 @@ class Facts:
     needs: frozenset[Need] = frozenset()
     media: frozenset[Medium] = frozenset({"video"})
     hosts: frozenset[Host] = frozenset()
+    families: frozenset[str] = frozenset()
     backward: bool = False
     compile: bool = True
     batched: bool = True
@@ -112,7 +115,9 @@ Party = type["Method"] | Foreign
 def apart(a: Party, b: Party) -> str | None:
     """Why the two never meet, no model taking both; None if one does. Symmetric."""
     first, second = sorted((a, b), key=lambda party: party.name)
-    if _places(first) & _places(second):
+    families = [party.facts.families for party in (first, second) if not isinstance(party, Foreign)]
+    strangers = len(families) == 2 and all(families) and not families[0] & families[1]
+    if _places(first) & _places(second) and not strangers:
         return None
     words = (f"{party.name} is for {hosts_in_words(party)}" for party in (first, second))
     return f"no model takes both: {'; '.join(words)}"
@@ -165,7 +170,8 @@ def hosts_in_words(party: Party) -> str:
     media: dict[Host, list[str]] = {}
     for host, medium in sorted(party.facts.places):
         media.setdefault(host, []).append(medium)
-    return ", ".join(f"{host} ({', '.join(shown)})" for host, shown in media.items())
+    words = ", ".join(f"{host} ({', '.join(shown)})" for host, shown in media.items())
+    return f"{words}: {', '.join(sorted(party.facts.families))}" if party.facts.families else words
 
 
 class Method(ABC):

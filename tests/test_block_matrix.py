@@ -21,6 +21,8 @@ from transformers import DynamicCache
 import hf_accel
 from hf_accel import registry
 from hf_accel.errors import Conflict, NotApplicable
+from hf_accel.hosts import block_context
+from hf_accel.hosts.block_context import family_of
 from hf_accel.hosts.denoisers import host_of
 from hf_accel.hosts.target import Model
 from hf_accel.method import EXCLUSIVE_SITES, apart, conflict, site_of
@@ -152,6 +154,15 @@ def test_every_method_has_a_family_and_every_family_a_method():
     assert {method for method, _ in CLAIMED} == set(METHODS)
     assert {family for _, family in CLAIMED} == set(FAMILIES)
     assert all(host_of(model) == "block diffusion" for model in MODELS.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_of_the_facts_are_those_that_are_claimed(family):
+    name = family_of(MODELS[family]).name
+    for method in METHODS:
+        facts = registry.get(method).facts
+        assert facts.families <= {known.name for known in block_context.FAMILIES}
+        assert ((method, family) in CLAIMED) == (not facts.families or name in facts.families), method
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -355,10 +366,11 @@ def test_pairs(pair):
     """What is allowed works in both orders and leaves one by one; what is refused changes nothing."""
     a, b = (registry.get(name) for name in pair)
     assert conflict(a, b) == conflict(b, a)
-    assert apart(a, b) is None
+    both = [f for f in FAMILIES if all((name, f) in CLAIMED for name in pair)]
+    assert (apart(a, b) is None) == bool(both)
     both_own = site_of(a) == site_of(b) and site_of(a) in EXCLUSIVE_SITES
-    assert (conflict(a, b) is not None) == both_own
-    for family in (f for f in FAMILIES if all((name, f) in CLAIMED for name in pair)):
+    assert (conflict(a, b) is not None) == (both_own and bool(both))
+    for family in both:
         model = copy.deepcopy(MODELS[family])
         before = fingerprint(model)
         for first, second in (pair, pair[::-1]):

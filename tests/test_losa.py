@@ -63,7 +63,7 @@ class Scene:
             layer=Layer("attention", layer, 4),
             index=index,
             changed=changed,
-            most_changed=lambda: int(changed.sum(1).max()),
+            most_changed=int(changed.sum(1).max()) if changed is not None else 0,
             dense=lambda: pytest.fail("the model's own attention was asked"),
             generation=self.generation,
         )

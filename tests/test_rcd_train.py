@@ -252,7 +252,7 @@ def test_gradient_checkpointing_and_autocast(tmp_path):
         return float(loss.detach()), [p.grad.clone() for p in model.parameters()]
 
     plain = gradients()
-    with trainer._training():
+    with trainer.training():
         assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         assert all(torch.equal(a, b) for a, b in zip(plain[1], gradients()[1], strict=True))
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())

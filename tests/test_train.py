@@ -19,7 +19,7 @@ from hf_accel.hosts.flow_matching import forward_for
 from hf_accel.train import FinetuneConfig, Finetuner, History, teacher
 from hf_accel.train.config import FREE_ON_RESUME
 from hf_accel.train.data import Batches
-from hf_accel.train.finetuner import learning_rate_factor
+from hf_accel.train.loop import learning_rate_factor
 from hf_accel.train.noise import generator_for, mix, noise_levels
 
 SIZE = (4, 16, 16)  # latents of the tiny Wan: 256 tokens, four blocks of 64
@@ -199,7 +199,7 @@ def test_losses_are_their_definitions(tmp_path):
 
 def test_only_adapter_and_projection_get_gradients(tmp_path):
     tuner = finetuner(tmp_path)
-    with tuner._training():
+    with tuner.training():
         tuner.loss(batch(0), ("train", 0)).backward()
         with_gradient = {n for n, p in tuner.model.named_parameters() if p.grad is not None and p.grad.any()}
     assert with_gradient
@@ -217,7 +217,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
         with torch.no_grad():
             for parameter in tuner.parameters.values():
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator_for("p", parameter.numel())))
-        with tuner._training():
+        with tuner.training():
             assert tuner.model.is_gradient_checkpointing == checkpointing
             tuner.loss(batch(0), ("train", 0)).backward()
             gradients.append([p.grad.clone() for p in tuner.parameters.values() if p.grad is not None])
@@ -230,7 +230,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
 def test_accumulated_batches_are_one_large_batch(tmp_path):
     given = [batch(i) for i in range(2)]
     tuners = [finetuner(tmp_path, accumulate=2, steps=1), finetuner(tmp_path, steps=1)]
-    with tuners[0]._training():
+    with tuners[0].training():
         for number in range(2):
             (tuners[0].loss(given[number], ("train", number)) / 2).backward()
         expected = {n: p.grad.clone() for n, p in tuners[0].parameters.items() if p.grad is not None}
@@ -239,7 +239,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
         tuners[0].optimizer.register_step_pre_hook(
             lambda *_: kept.append({n: p.grad.clone() for n, p in tuners[0].parameters.items() if p.grad is not None})
         )
-        tuners[0]._train_step(tuners[0].model, Batches(given, 1, 0))
+        tuners[0].train_step(tuners[0].model, Batches(given, 1, 0))
     assert kept[0].keys() == expected.keys()
     assert all(torch.allclose(kept[0][n], expected[n], atol=1e-7) for n in expected)
 

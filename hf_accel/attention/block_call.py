@@ -26,7 +26,7 @@ class BlockCall:
         layer: which of the patched layers.
         index: denoising step within the block, 0 at its first.
         changed: bool ``[B, b]``, tokens that changed since the last step, or None.
-        most_changed: reads the largest number of changed tokens of a row; waits for the device once per forward.
+        most_changed: the largest number of changed tokens of a row.
         dense: runs what the host would have run; returns ``[B, Hq, b, D]``.
         sliding: the layer's cache holds no more than a sliding window of the prefix.
         generation: number of the request; what is kept of a prefix is void in the next one.
@@ -46,7 +46,7 @@ class BlockCall:
     layer: Layer
     index: int
     changed: torch.Tensor | None
-    most_changed: Callable[[], int]
+    most_changed: int
     dense: Callable[[], torch.Tensor]
     sliding: bool = False
     generation: int = 0

@@ -112,7 +112,7 @@ class BlockSeam:
             layer=self.layers[index],
             index=step.index if step is not None else 0,
             changed=context.changed,
-            most_changed=lambda: context.most_changed,
+            most_changed=context.most_changed,
             dense=dense,
             sliding=sliding,
             generation=step.generation if step is not None else 0,

@@ -45,6 +45,7 @@ from hf_accel.attention.block_split import with_block
 from hf_accel.attention.page_selection import PagedPrefix
 from hf_accel.block_method import BlockAttentionConfig, BlockAttentionMethod
 from hf_accel.config import setting
+from hf_accel.hosts.block_context import DIFFUSION_GEMMA, SDAR
 from hf_accel.kernels.paged_attention import active_topk
 from hf_accel.method import Facts
 from hf_accel.registry import register
@@ -121,6 +122,7 @@ class LoSA(BlockAttentionMethod):
         needs=frozenset({"prefix cache"}),
         media=frozenset({"text"}),
         hosts=frozenset({"block diffusion"}),
+        families=frozenset({SDAR.name, DIFFUSION_GEMMA.name}),
         compile=False,
         full_budget={"budget": 1 << 30, "k_act": 1.0, "min_prefix": 0, "dense_layers": 0},
         budget="budget",
@@ -171,12 +173,11 @@ class LoSA(BlockAttentionMethod):
             part.reference = query
 
     def active_rows(self, call: BlockCall) -> int:
-        """How many rows of the block are active in this step; waits for the device once per forward if tokens that
-        changed are forced."""
+        """How many rows of the block are active in this step: ``k_act``, or as many as changed if more did."""
         length, share = call.query.shape[2], self.config.k_act
         count = math.ceil(share * length - 1e-9 * length) if isinstance(share, float) else share
         if self.config.force_changed and call.changed is not None:
-            count = max(count, call.most_changed())
+            count = max(count, call.most_changed)
         return min(count, length)
 
 

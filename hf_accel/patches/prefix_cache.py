@@ -41,6 +41,7 @@ import torch
 
 from hf_accel.config import Config, setting
 from hf_accel.hosts import llada2 as host
+from hf_accel.hosts.block_context import LLADA2
 from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
@@ -77,6 +78,7 @@ class PrefixCache(Method):
         needs=frozenset({"prefix cache"}),
         media=frozenset({"text"}),
         hosts=frozenset({"block diffusion"}),
+        families=frozenset({LLADA2.name}),
         exact=True,
     )
     Config = PrefixCacheConfig

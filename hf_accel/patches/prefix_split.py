@@ -25,6 +25,7 @@ from hf_accel.attention.block_call import BlockCall
 from hf_accel.attention.block_split import split_attention
 from hf_accel.block_method import BlockAttentionMethod
 from hf_accel.config import Config as Settings
+from hf_accel.hosts.block_context import DIFFUSION_GEMMA, SDAR
 from hf_accel.method import Facts
 from hf_accel.registry import register
 
@@ -46,6 +47,7 @@ class PrefixSplit(BlockAttentionMethod):
         needs=frozenset({"prefix cache"}),
         media=frozenset({"text"}),
         hosts=frozenset({"block diffusion"}),
+        families=frozenset({SDAR.name, DIFFUSION_GEMMA.name}),
         exact=True,
         max_head_dim=512,
     )

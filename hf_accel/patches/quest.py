@@ -28,6 +28,7 @@ from hf_accel.attention.block_split import with_block
 from hf_accel.attention.page_selection import PagedPrefix
 from hf_accel.block_method import BlockAttentionMethod
 from hf_accel.config import setting
+from hf_accel.hosts.block_context import DIFFUSION_GEMMA, SDAR
 from hf_accel.method import Facts
 from hf_accel.patches.losa import PagedPrefixConfig
 from hf_accel.registry import register
@@ -54,6 +55,7 @@ class Quest(BlockAttentionMethod):
         needs=frozenset({"prefix cache"}),
         media=frozenset({"text"}),
         hosts=frozenset({"block diffusion"}),
+        families=frozenset({SDAR.name, DIFFUSION_GEMMA.name}),
         compile=False,
         full_budget={"budget": 1 << 30, "min_prefix": 0, "dense_layers": 0},
         budget="budget",

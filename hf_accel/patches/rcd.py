@@ -39,7 +39,7 @@ import torch
 from hf_accel.config import Config, setting
 from hf_accel.errors import NotApplicable, WeightsMismatch
 from hf_accel.hosts import language_loading, residual_context
-from hf_accel.hosts.block_context import BlockStep
+from hf_accel.hosts.block_context import FULL, LLADA2, SDAR, BlockStep
 from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.declaration import declaration_of, read_declaration
 from hf_accel.hosts.embedding_table import EmbeddingTable, embedding_table
@@ -204,6 +204,7 @@ class RCD(Method):
         needs=frozenset({"trained weights"}),
         media=frozenset({"text"}),
         hosts=frozenset({"block diffusion"}),
+        families=frozenset({SDAR.name, LLADA2.name, FULL.name}),
         backward=True,
         compile=False,  # what is kept between steps lives in Python; the model compiles around it, with breaks
         full_budget={"alpha_scale": 0.0},

@@ -20,6 +20,7 @@ import torch
 
 from hf_accel.config import Config, setting
 from hf_accel.hosts import self_conditioning
+from hf_accel.hosts.block_context import DIFFUSION_GEMMA
 from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.self_conditioning import SelfConditioningContext
 from hf_accel.hosts.target import Model
@@ -51,6 +52,7 @@ class SoftEmbed(Method):
         site="embedding",
         media=frozenset({"text"}),
         hosts=frozenset({"block diffusion"}),
+        families=frozenset({DIFFUSION_GEMMA.name}),
         backward=True,
         exact=True,
     )

@@ -22,11 +22,9 @@ What is trained is whatever requires a gradient: all weights, or LoRA from peft,
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +36,9 @@ from hf_accel.hosts.declaration import declare
 from hf_accel.hosts.residual_start import align_logits, logit_shift_of
 from hf_accel.hosts.target import unwrap
 from hf_accel.patches.rcd import RCDConfig, residual_embeddings
-from hf_accel.train import checkpoint as checkpoints
-from hf_accel.train.checkpoint import Checkpoint
-from hf_accel.train.data import Batch, Batches, Data, moved
-from hf_accel.train.finetuner import accelerator_for, learning_rate_factor
+from hf_accel.train.data import Batch, Data, moved
 from hf_accel.train.history import History
+from hf_accel.train.loop import TrainingLoop, accelerator_for
 from hf_accel.train.masked import answer_tokens, denoising_loss, doubled, mask_tokens
 from hf_accel.train.noise import generator_for
 from hf_accel.train.rcd_config import RCDTrainingConfig
@@ -51,7 +47,7 @@ INPUT_IDS, LABELS, ATTENTION_MASK = "input_ids", "labels", "attention_mask"
 Callback = Callable[["RCDTrainer"], Any]
 
 
-class RCDTrainer:
+class RCDTrainer(TrainingLoop):
     """Trains a masked diffusion language model for residual context diffusion, or (stage 1) its reference.
 
     Args:
@@ -82,22 +78,21 @@ class RCDTrainer:
     ):
         self.config = config if config is not None else RCDTrainingConfig()
         self.residual = residual if residual is not None else RCDConfig()
-        self.out = Path(out).expanduser()
         self.target, self.model = target, unwrap(target)
         self.reference = unwrap(reference) if reference is not None and self.config.stage == 2 else None
         self.mask_token_id = self._mask_token()
         self.block_length = self._block_length()
         self._check_reference()
-        self.parameters = self._choose()
-        self.accelerator = accelerator_for(self.model)
+        parameters = self._choose()
         betas = (0.9, self.config.beta2)
-        groups = [{"params": list(self.parameters.values()), "lr": self.config.lr, "peak": self.config.lr}]
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=self.config.weight_decay)
-        self.step = 0
-        self.history = History(about={"method": self.residual.to_dict(), "training": self.config.to_dict()})
-        self._random: dict[str, Any] | None = None
+        groups = [{"params": list(parameters.values()), "lr": self.config.lr, "peak": self.config.lr}]
+        super().__init__(
+            self.model, parameters, torch.optim.AdamW(groups, betas=betas, weight_decay=self.config.weight_decay),
+            self.config, out=out, accelerator=accelerator_for(self.model), title=f"rcd stage {self.config.stage}",
+            about={"method": self.residual.to_dict(), "training": self.config.to_dict()},
+        )  # fmt: skip
         if resume is not None:
-            self._restore(checkpoints.find(self.out, resume))
+            self.resume(resume)
 
     # -- what is trained, and on what ------------------------------------------------------------------------------
 
@@ -234,7 +229,7 @@ class RCDTrainer:
         shift = self.residual.logit_shift
         return align_logits(logits, logit_shift_of(unwrap(network)) if shift is None else shift)
 
-    # -- the loop --------------------------------------------------------------------------------------------------
+    # -- the weights -----------------------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -243,42 +238,10 @@ class RCDTrainer:
         seconds: float | None = None,
         callback: Callback | None = None,
     ) -> History:
-        """Train up to ``config.steps`` steps in all, resumed ones included, and declare the weights.
-
-        Args:
-            data: batches as :meth:`loss` takes them; see :class:`~hf_accel.train.data.Batches` for what may be given.
-            validation: batches that are not trained on; their noise is the same at every validation.
-            seconds: stop earlier, after so much time; the run can be resumed.
-            callback: called with the trainer after every step; ends the training by returning True.
-
-        Returns:
-            History: also written to ``out``.
-        """
-        self.out.mkdir(parents=True, exist_ok=True)
-        batches, held_out = Batches(data, self.config.batch_size, self.config.seed), list(validation or ())
-        start, before = time.monotonic(), self.history.seconds
-        network = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
-        with self._training(), self._bar() as bar:
-            if held_out and not self.history.validation:
-                self._validate(held_out)
-            while self.step < self.config.steps:
-                loss, lr = self._train_step(network, batches)
-                self.step += 1
-                self.history.train.append({"step": self.step, "loss": loss, "lr": lr})
-                self.history.seconds = before + time.monotonic() - start
-                late = seconds is not None and time.monotonic() - start >= seconds
-                stop = callback is not None and callback(self) is True
-                last = late or stop or self.step == self.config.steps
-                if held_out and (last or self.step % self.config.validate_every == 0):
-                    self._validate(held_out)
-                if last or self.step % self.config.checkpoint_every == 0:
-                    self._save()
-                bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-                bar.update()
-                if last:
-                    break
+        """As :meth:`TrainingLoop.fit`; also declares the weights."""
+        history = super().fit(data, validation, seconds, callback)
         declare(self.model, "rcd", self.declaration)
-        return self.history
+        return history
 
     @property
     def declaration(self) -> dict[str, Any]:
@@ -296,87 +259,12 @@ class RCDTrainer:
         self.target.save_pretrained(folder)  # type: ignore[operator]
         return Path(folder)
 
-    def _train_step(self, network: Any, batches: Batches) -> tuple[float, float]:
-        config, accelerator = self.config, self.accelerator
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate_factor(self.step, config)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=accelerator.device)
-        for turn in range(config.accumulate):
-            number = (self.step * config.accumulate + turn) * accelerator.num_processes + accelerator.process_index
-            with contextlib.nullcontext() if turn + 1 == config.accumulate else accelerator.no_sync(network):
-                loss = self.loss(batches[number], ("train", number), network) / config.accumulate
-                accelerator.backward(loss)
-            total += loss.detach()
-        if config.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
-        self.optimizer.step()
-        return float(accelerator.reduce(total, "mean")), self.optimizer.param_groups[0]["lr"]
-
-    @torch.no_grad()
-    def _validate(self, held_out: list[Batch]) -> None:
+    def validation_loss(self, batch: Batch, key: tuple[str, int]) -> float:
         self.model.eval()
-        losses = [float(self.loss(batch, ("validation", i))) for i, batch in enumerate(held_out)]
-        self.model.train()
-        self.history.validation.append({"step": self.step, "loss": sum(losses) / len(losses)})
-        if self.accelerator.is_main_process:
-            self.history.write(self.out)
-
-    # -- checkpoints, modes ----------------------------------------------------------------------------------------
-
-    def _save(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        state = self.optimizer.state_dict(), checkpoints.random_state(), self.history
-        Checkpoint(self.step, self.parameters, {}, *state).write(self.out, self.config.keep_checkpoints)
-        self.history.write(self.out)
-
-    @torch.no_grad()
-    def _restore(self, folder: Path) -> None:
-        found = Checkpoint.read(folder)
-        found.check(self.history.about, self.parameters, folder)
-        for name, parameter in self.parameters.items():
-            parameter.copy_(found.parameters[name])
-        self.optimizer.load_state_dict(found.optimizer)
-        self.step, self._random, self.history = found.step, found.random, found.history
-        self.history.about["training"] = self.config.to_dict()
-
-    @contextlib.contextmanager
-    def _training(self) -> Iterator[None]:
-        """Training mode, a random state of our own; all put back at the end."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        model: Any = self.model
-        repeats = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            try:
-                self.model.train()
-                if self.config.gradient_checkpointing and not repeats:
-                    _checkpointing(model, "enable")
-                if self._random is not None:
-                    checkpoints.set_random_state(self._random)
-                else:
-                    torch.manual_seed(self.config.seed)
-                yield
-            finally:
-                if self.config.gradient_checkpointing and not repeats:
-                    _checkpointing(model, "disable")
-                for module, mode in modes:
-                    module.training = mode
-                self.optimizer.zero_grad(set_to_none=True)
-
-    def _bar(self) -> Any:
-        from tqdm.auto import tqdm
-
-        off = not self.config.progress or not self.accelerator.is_main_process
-        words = f"rcd stage {self.config.stage}"
-        return tqdm(total=self.config.steps, initial=self.step, desc=words, disable=off)
-
-
-def _checkpointing(model: Any, which: str) -> None:
-    """Recompute activations in the backward, or not; transformers is changing the name of it."""
-    name = f"activation_checkpointing_{which}"
-    getattr(model, name if hasattr(model, name) else f"gradient_checkpointing_{which}")()
+        try:
+            return super().validation_loss(batch, key)
+        finally:
+            self.model.train()
 
 
 def _vocabulary(model: Any) -> int:
