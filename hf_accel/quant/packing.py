@@ -95,8 +95,8 @@ def to_v1(qzeros: torch.Tensor, bits: int) -> torch.Tensor:
     if empty:
         raise QuantizationError(
             f"to_v1: {empty} of {zeros.numel()} zeros are 0, which checkpoint_format 'gptq' (v1) cannot hold: it "
-            "stores zero - 1, and readers disagree about what lies below 0. Save as checkpoint_format 'gptq_v2', or quantise "
-            "symmetrically."
+            "stores zero - 1, and readers disagree about what lies below 0. Save as checkpoint_format 'gptq_v2', "
+            "or quantise symmetrically."
         )
     return pack_zeros(zeros - 1, bits)
 

@@ -1,0 +1,207 @@
+"""A linear layer whose weight is packed codes, in the buffers of the GPTQ checkpoint layout.
+
+``weight[o, i] = scales[g, o] * (code[o, i] - zero[g, o])`` with ``g = g_idx[i]``. Names, shapes and packing of the
+buffers are those that AutoGPTQ's successors read and write, in the version that holds true zeros (``gptq_v2``).
+:mod:`hf_accel.quant.packing` converts the zeros of the older one.
+
+What the layout allows, and what it does not: the numbers of inputs and of outputs must be multiples of 32, because
+inputs are packed in runs of 32 in ``qweight`` and outputs in ``qzeros``; other sizes are refused and stay dense.
+Padding would be no help, because readers elsewhere take the sizes from the model. The last group may be smaller than
+the others, and the inputs of a group need not lie together: ``g_idx`` says to which group an input belongs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_accel.errors import InvalidSetting, QuantizationError
+from hf_accel.quant.grid import Grid
+from hf_accel.quant.packing import CODES_PER_RUN, PACKED_BITS, pack_codes, pack_zeros, unpack_codes, unpack_zeros
+
+
+def why_not_packable(in_features: int, out_features: int) -> str | None:
+    """Why a linear of this size has no place in the layout, or None."""
+    wrong = [
+        f"{size} {name}"
+        for name, size in (("inputs", in_features), ("outputs", out_features))
+        if size < 1 or size % CODES_PER_RUN
+    ]
+    return f"{' and '.join(wrong)}: the layout packs runs of {CODES_PER_RUN}" if wrong else None
+
+
+class PackedLinear(nn.Module):
+    """``y = x W^T + bias`` with ``W`` in 2, 3, 4 or 8 bits. Nothing in it is trained; a gradient flows to ``x``.
+
+    A new one holds NaN scales until codes or a state dict are put in: what was never loaded shows.
+
+    Attributes:
+        qweight: int32 ``[in * bits / 32, out]``.
+        qzeros: int32 ``[groups, out * bits / 32]``, true zeros.
+        scales: ``[groups, out]``; fp16 in most checkpoints. Moves of dtype round them, and never touch the words.
+        g_idx: int32 ``[in]``: the group of every input.
+        bias: ``[out]`` or None.
+        group_size: inputs of a group; -1 is the whole row.
+    """
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int = -1,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        groups = _groups(in_features, out_features, bits, group_size)
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
+        dtype = dtype or torch.float16
+        words = {"dtype": torch.int32, "device": device}
+        self.register_buffer("qweight", torch.zeros(in_features * bits // 32, out_features, **words))
+        self.register_buffer("qzeros", torch.zeros(groups, out_features * bits // 32, **words))
+        self.register_buffer("scales", torch.full((groups, out_features), math.nan, dtype=dtype, device=device))
+        self.register_buffer("g_idx", _runs(in_features, groups, group_size).to(device))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> PackedLinear:
+        """One to load a state dict into."""
+        return cls(in_features, out_features, bits, group_size, bias, dtype, device)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        g_idx: torch.Tensor | None,
+        bits: int,
+        group_size: int,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float16,
+    ) -> PackedLinear:
+        """Pack what a quantiser found, on the codes' device.
+
+        Args:
+            codes: uint8 ``[out, in]``.
+            scale: ``[out, groups]``. Rounded to ``dtype``: make codes with a scale that already is
+                (``fit_grid(scale_dtype=)``), and the module is exactly what was measured.
+            zero: ``[out, groups]``, whole numbers in ``0 .. 2**bits - 1``.
+            g_idx: integers ``[in]``; None: neighbours, ``group_size`` together.
+            group_size: -1 is the whole row.
+            bias: ``[out]``.
+
+        Raises:
+            QuantizationError: sizes that the layout has no place for, or parts that do not fit together.
+        """
+        if codes.dim() != 2:
+            raise QuantizationError(f"PackedLinear: codes must be [out, in]; got {list(codes.shape)}.")
+        out, inputs = codes.shape
+        packed = cls(inputs, out, bits, group_size, bias is not None, dtype, codes.device)
+        groups = packed.scales.shape[0]
+        for name, tensor in (("scale", scale), ("zero", zero)):
+            if tuple(tensor.shape) != (out, groups):
+                raise QuantizationError(
+                    f"PackedLinear: {name} must be [out={out}, groups={groups}] for {inputs} inputs in groups of "
+                    f"{group_size}; got {list(tensor.shape)}."
+                )
+        stored = scale.detach().t().to(dtype)
+        if not bool((torch.isfinite(stored) & (stored > 0)).all()):
+            raise QuantizationError(
+                f"PackedLinear: scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} are not all positive "
+                f"and finite in {dtype}. Fit the grid with scale_dtype={dtype}, or store torch.float32."
+            )
+        whole = zero.detach().t().round()
+        if not bool(((whole == zero.t()) & (whole >= 0) & (whole < 1 << bits)).all()):
+            raise QuantizationError(f"PackedLinear: zeros must be whole numbers in 0..{(1 << bits) - 1}.")
+        packed.qweight.copy_(pack_codes(codes.t(), bits))
+        packed.qzeros.copy_(pack_zeros(whole.to(torch.uint8), bits))
+        packed.scales.copy_(stored)
+        if g_idx is not None:
+            if tuple(g_idx.shape) != (inputs,) or not bool(((g_idx >= 0) & (g_idx < groups)).all()):
+                raise QuantizationError(f"PackedLinear: g_idx must be [{inputs}] with values in 0..{groups - 1}.")
+            packed.g_idx.copy_(g_idx)
+        if bias is not None:
+            if packed.bias is None or bias.shape != packed.bias.shape:
+                raise QuantizationError(f"PackedLinear: bias must be [{out}]; got {list(bias.shape)}.")
+            packed.bias.copy_(bias.detach())
+        return packed
+
+    def codes(self) -> torch.Tensor:
+        """uint8 ``[out, in]``."""
+        return unpack_codes(self.qweight, self.bits, self.in_features).t()
+
+    def grid(self) -> Grid:
+        """Scale and zero ``[out, groups]``, in the scales' dtype."""
+        zero = unpack_zeros(self.qzeros, self.bits, self.out_features)
+        return Grid(self.scales.t(), zero.t().to(self.scales.dtype))
+
+    def dequantize_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight ``[out, in]``, in ``dtype`` or that of the scales."""
+        grid, g_idx = self.grid(), self.g_idx.long()
+        dtype = dtype or self.scales.dtype
+        zero = grid.zero[:, g_idx] if grid.zero is not None else 0
+        return (self.codes().to(dtype) - zero) * grid.scale[:, g_idx].to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in]`` -> ``[..., out]`` in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize_weight(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """``.to(dtype)`` leaves integers alone by itself; ``.type(dtype)`` and others that convert whatever there is
+        would read words as numbers. Of those only the change of device is kept."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype or tensor.is_floating_point() else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
+
+
+def _groups(in_features: int, out_features: int, bits: int, group_size: int) -> int:
+    if bits not in PACKED_BITS:
+        raise InvalidSetting("PackedLinear", "bits", bits, f"one of {', '.join(map(str, PACKED_BITS))}")
+    if group_size != -1 and group_size < 1:
+        raise InvalidSetting("PackedLinear", "group_size", group_size, "positive, or -1 for the whole row")
+    why = why_not_packable(in_features, out_features)
+    if why:
+        raise QuantizationError(
+            f"PackedLinear: {why}. Leave this layer dense, or pad its weight and its inputs and cut its outputs."
+        )
+    return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def _runs(in_features: int, groups: int, group_size: int) -> torch.Tensor:
+    if groups == 1:
+        return torch.zeros(in_features, dtype=torch.int32)
+    return torch.arange(in_features, dtype=torch.int32) // group_size
