@@ -9,8 +9,7 @@ thresholds from 0.5 to 1.0 (at 1.0 a step commits one token) and read by the tas
 * ``rcd``: the RCD weights with residuals;
 * ``rcd, residual off``: the RCD weights without, which shows what of the gain is the residual's.
 
-Tokens per step are new tokens over the denoising steps that each row of a batch needed. *Steps at equal accuracy*: the
-best accuracy that seqd reaches at any threshold, the fewest steps in which it does, and the fewest in which rcd does.
+Tokens per step are new tokens over the denoising steps that each row of a batch needed, compared at equal accuracy.
 
 The overhead is measured apart: 16 denoising steps of a block that is filled one token at a time, with the residual and
 without, in turn, on the same weights and tokens.
@@ -19,6 +18,7 @@ without, in turn, on the same weights and tokens.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -36,7 +36,7 @@ import hf_accel
 import hf_accel.zoo.sdar  # (registers the model's classes)
 from hf_accel.break_even import wait_for
 from hf_accel.measure.machine import describe_machine
-from hf_accel.measure.tables import align, times
+from hf_accel.measure.tables import align
 from hf_accel.zoo.training.mini_sdar import tasks
 
 ZOO = common.ROOT / "hf_accel" / "zoo"
@@ -127,17 +127,22 @@ def overhead(model: Any, settings: dict[str, Any], length: int, rows: int, repea
     }  # fmt: skip
 
 
-def at_equal_accuracy(curves: dict[str, dict[str, dict]]) -> dict[str, Any]:
-    """How many fewer steps rcd takes at the best accuracy of seqd; None where it never gets there."""
-    goal = max(point["accuracy"] for point in curves[SEQD].values())
+def tokens_at(curve: dict[str, dict], goal: float) -> float | None:
+    """Most tokens per step at which a curve has the accuracy ``goal``, between its points by straight lines."""
+    found = sorted(((p["tokens_per_step"], p["accuracy"]) for p in curve.values()), reverse=True)
+    if found[0][1] >= goal:
+        return found[0][0]
+    for (many, low), (few, high) in itertools.pairwise(found):
+        if high >= goal:
+            return many + (few - many) * (goal - low) / (high - low)
+    return None
 
-    def most(label: str) -> float | None:
-        there = [p["tokens_per_step"] for p in curves[label].values() if p["accuracy"] >= goal]
-        return max(there) if there else None
 
-    ours, theirs = most(RCD), most(SEQD)
-    ratio = ours / theirs if ours is not None and theirs is not None else None
-    return {"accuracy": goal, "seqd_tokens_per_step": theirs, "rcd_tokens_per_step": ours, "fewer_steps": ratio}
+def at_equal_accuracy(curves: dict[str, dict[str, dict]]) -> list[dict[str, Any]]:
+    """Tokens per step of every row at seqd's best accuracy and at those that lie 1, 2, 5 and 10 points below it."""
+    best = max(point["accuracy"] for point in curves[SEQD].values())
+    goals = [best - points / 100 for points in (0, 1, 2, 5, 10)]
+    return [{"accuracy": g, **{label: tokens_at(curve, g) for label, curve in curves.items()}} for g in goals]
 
 
 def main() -> int:
@@ -190,7 +195,6 @@ def main() -> int:
         "dtype": "float32",
         "curves": curves,
         "equal_accuracy": at_equal_accuracy(curves),
-        "equal_accuracy_residual_off": at_equal_accuracy({**curves, RCD: curves[OFF]}),
         "mean_weight": statistics_of_run.mean_weight,
         "overhead": [
             overhead(plain, settings, options.lengths[-1], rows, options.repeats) for rows in (1, options.batch)
@@ -213,20 +217,16 @@ def report(data: dict[str, Any]) -> str:
     for threshold in data["curves"][labels[0]]:
         row = [data["curves"][label][threshold] for label in labels]
         lines.append([threshold, *(w for p in row for w in (f"{p['accuracy']:.3f}", f"{p['tokens_per_step']:.2f}"))])
-    equal = data["equal_accuracy"]
-    if equal["fewer_steps"] is None:
-        words = f"rcd does not reach the best accuracy of seqd, {equal['accuracy']:.3f}"
-    else:
-        words = (
-            f"at accuracy {equal['accuracy']:.3f}, seqd's best: {equal['rcd_tokens_per_step']:.2f} tokens per step, "
-            f"seqd {equal['seqd_tokens_per_step']:.2f}: {times(equal['fewer_steps'])} fewer steps"
-        )
+    equal = [
+        [f"{e['accuracy']:.3f}", *(f"{e[label]:.2f}" if e[label] is not None else "not reached" for label in labels)]
+        for e in data["equal_accuracy"]
+    ]
     costs = [
         f"a step of {o['rows']} rows behind {o['prefix']} tokens: {o['plain_ms']:.2f} ms, with residual "
         f"{o['rcd_ms']:.2f} ms ({o['overhead']:+.1%})"
         for o in data["overhead"]
     ]
-    return "\n".join([align(head, lines), words, *costs])
+    return "\n".join([align(head, lines), "", align(["at accuracy", *labels], equal), *costs])
 
 
 def draw(data: dict[str, Any], out: Path) -> None:

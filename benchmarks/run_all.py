@@ -51,6 +51,8 @@ def commands(gpu: bool, quality: bool) -> list[list[str]]:
         caches = str(HERE.parent / "docs" / "img" / "deepcache.png")
         runs.append(["deepcache.py", "--json", "deepcache.json", "--picture", caches])
         runs.append(["losa_quality.py", "--json", "losa_quality.json"])
+        curve = str(HERE.parent / "docs" / "img" / "rcd-curve.png")
+        runs.append(["rcd_curve.py", "--json", "rcd_curve.json", "--picture", curve])
     return runs
 
 

@@ -405,23 +405,26 @@ def losa_quality(data: dict[str, Any]) -> str:
 def losa_against_quest(data: dict[str, Any]) -> str:
     """Where losa is less accurate than quest, or reads more, in words."""
     rows = {(r["prefix"], r["row"]): r for r in data["records"]}
-    behind, pages = [], []
-    pairs = [
-        (p, b, ref)
-        for p in sorted({r["prefix"] for r in data["records"]})
-        for b in data["budgets"]
-        for ref in ("prev", "anchor")
-    ]
-    for prefix, budget, reference in pairs:
-        losa, quest = rows[prefix, f"losa {reference} {budget}"], rows[prefix, f"quest {budget}"]
-        lost = quest["accuracy"]["all"] - losa["accuracy"]["all"]
-        if lost > 0:
-            behind.append(f"{reference} at prefix {prefix}, budget {budget} ({100 * lost:.1f} points)")
-        pages.append(quest["later_pages"] / losa["later_pages"])
-    words = f"losa is less accurate than quest in {len(behind)} of {len(pairs)} settings"
+    places = [(p, b) for p in sorted({r["prefix"] for r in data["records"]}) for b in data["budgets"]]
+    sentences = []
+    for reference in ("anchor", "prev"):
+        behind, pages = [], []
+        for prefix, budget in places:
+            losa, quest = rows[prefix, f"losa {reference} {budget}"], rows[prefix, f"quest {budget}"]
+            lost = quest["accuracy"]["all"] - losa["accuracy"]["all"]
+            if lost > 0:
+                behind.append(f"prefix {prefix}, budget {budget} ({100 * lost:.1f} points)")
+            pages.append(quest["later_pages"] / losa["later_pages"])
+        where = f": {'; '.join(behind)}" if behind else ""
+        sentences.append(
+            f"losa with reference={reference!r} is less accurate than quest with a dense first step in {len(behind)} "
+            f"of {len(places)} cells{where}; it reads {min(pages):.2f} to {max(pages):.2f} times fewer pages in later "
+            "steps."
+        )
+    items = data["items"] * len(data["tasks"])
     return (
-        f"Against quest with a dense first step, {words}{': ' + '; '.join(behind) if behind else ''}. It reads "
-        f"{min(pages):.2f} to {max(pages):.2f} times fewer pages in later steps."
+        f"{' '.join(sentences)} A cell is {items} items, so one item is {100 / items:.1f} points. What is not asked "
+        "for in these contexts is mostly filler, which flatters every method that reads few pages."
     )
 
 
@@ -455,6 +458,33 @@ def losa_step(data: dict[str, Any]) -> str:
     )
 
 
+def rcd_curve(data: dict[str, Any]) -> str:
+    """Accuracy of mini-rcd against tokens per step."""
+    labels = list(data["curves"])
+    head = ["threshold", *(f"{label}: {what}" for label in labels for what in ("accuracy", "tokens/step"))]
+    rows = []
+    for threshold in data["curves"][labels[0]]:
+        points = [data["curves"][label][threshold] for label in labels]
+        rows.append([threshold, *(w for p in points for w in (f"{p['accuracy']:.3f}", f"{p['tokens_per_step']:.2f}"))])
+    equal = [
+        [f"{e['accuracy']:.3f}", *(f"{e[label]:.2f}" if e[label] is not None else "not reached" for label in labels)]
+        for e in data["equal_accuracy"]
+    ]
+    costs = "; ".join(
+        f"{o['rows']} rows behind {o['prefix']} tokens: {o['plain_ms']:.2f} ms, with residual {o['rcd_ms']:.2f} ms "
+        f"({100 * o['overhead']:+.0f} %)"
+        for o in data["overhead"]
+    )
+    return (
+        f"{data['items_per_task']} held-out items of each of {len(data['tasks'])} tasks, greedy, dynamic rule, fp32. "
+        "seqd and rcd are mini-sdar trained on for equally many steps, without and with residuals of the frozen "
+        f"mini-sdar; the mean weight of a residual was {data['mean_weight']:.3f}. {machine(data['machine'])}\n\n"
+        f"{table(head, rows)}\n\nTokens per step at equal accuracy, between the thresholds by straight lines:\n\n"
+        f"{table(['accuracy', *labels], equal)}\n\nA denoising step: {costs}. The model is so small that a step is "
+        "mostly the time of launching operations.\n\n![accuracy against tokens per step](img/rcd-curve.png)"
+    )
+
+
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("svg2_quality.json", "Quality of svg2 on mini-wan", quality),
     ("sparse_quality.json", "Sparse attention methods on mini-wan", sparse_quality),
@@ -472,6 +502,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("mini_sdar_judge.json", "Answers of mini-sdar", mini_sdar_judge),
     ("deepcache_gpu.json", "deepcache on Stable Diffusion 1.5 and XL, on a GPU", deepcache_gpu),
     ("losa_quality.json", "losa and quest on mini-sdar", losa_quality),
+    ("rcd_curve.json", "rcd on mini-rcd", rcd_curve),
     ("losa_step_cpu.json", "Attention of a denoising step against a long prefix, on a CPU", losa_step),
     ("losa_step_gpu.json", "Attention of a denoising step against a long prefix, on a GPU", losa_step),
     ("svg2_attention_cpu.json", "Attention time of svg2 on a CPU", svg2_attention),

@@ -95,7 +95,9 @@ def kind(module: torch.nn.Module) -> str:
     name = type(module).__name__
     if is_a(module, "transformers", "PreTrainedModel"):
         generates = getattr(module, "can_generate", None)
-        return "language model" if generates is not None and generates() else "text encoder"
+        # Remote code often has a head without transformers' generate().
+        head = hasattr(module, "lm_head") or (generates is not None and generates())
+        return "language model" if head else "text encoder"
     if name.startswith("Autoencoder") or name.startswith("VQ"):
         return "autoencoder"
     if is_a(module, "diffusers", "ModelMixin"):
