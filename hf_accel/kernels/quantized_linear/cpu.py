@@ -1,0 +1,108 @@
+"""Packed weights in plain torch, some groups of inputs at a time. Right on any device.
+
+A stretch of the weight is unpacked with whole-tensor integer operations into temporaries that stay in the cache. For
+few tokens nothing as large as the weight is made, and neither zeros nor scales are applied to it: with a code c,
+``sum_j x_j s (c_j - z) = s (sum_j x_j c_j - z sum_j x_j)`` over a group of inputs, so a group costs the unpacking and
+one small product.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_accel.kernels.quantized_linear.layout import UNIT_CODES, UNIT_WORDS, Packed
+
+# So many weights are unpacked at a time: 1 MiB of fp32.
+_ELEMENTS = 1 << 18
+_ELEMENTS_GPU = 1 << 25
+
+
+def quantized_linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    """``[T, n]`` -> ``[T, m]`` for few tokens. See :func:`hf_accel.kernels.quantized_linear._quantized_linear`."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tokens, n = x.shape
+    m = packed.qweight.shape[1]
+    x = x.to(compute)
+    out = x.new_zeros(tokens, m)
+    unit = UNIT_CODES[packed.bits]
+    size = packed.group_size
+    if size is None or size % unit:
+        for start, stop in _stretches(n, m, unit, x.is_cuda):
+            out.addmm_(x[:, start:stop], dequantize_inputs(packed, start, stop, compute))
+    else:
+        zeros = unpack(packed.qzeros.T.contiguous(), packed.bits).T.to(compute)
+        scales = packed.scales.to(compute)
+        for start, stop in _stretches(n, m, size, x.is_cuda):
+            groups = slice(start // size, -(-stop // size))
+            codes = unpack(packed.qweight[_words(packed.bits, start, stop)], packed.bits).to(compute)
+            part, inside = x[:, start:stop], (stop - start) // size * size
+            if inside:
+                whole = slice(groups.start, groups.start + inside // size)
+                split = part[:, :inside].view(tokens, -1, size).transpose(0, 1)
+                sums = torch.bmm(split, codes[:inside].view(-1, size, m))
+                sums.sub_(split.sum(-1, keepdim=True) * zeros[whole, None])
+                out += (sums * scales[whole, None]).sum(0)
+            if inside < stop - start:
+                rest = part[:, inside:]
+                sums = rest @ codes[inside:] - rest.sum(-1, keepdim=True) * zeros[groups.stop - 1]
+                out.addcmul_(sums, scales[groups.stop - 1])
+    if bias is not None:
+        out += bias.to(compute)
+    return out
+
+
+def dequantize(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """``[m, n]`` in ``dtype``."""
+    m, n = packed.qweight.shape[1], packed.in_features
+    out = packed.scales.new_empty(m, n, dtype=dtype)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for start, stop in _stretches(n, m, UNIT_CODES[packed.bits], out.is_cuda):
+        out[:, start:stop] = dequantize_inputs(packed, start, stop, compute).T
+    return out
+
+
+def dequantize_rows(packed: Packed, start: int, stop: int, compute: torch.dtype) -> torch.Tensor:
+    """Weights ``[stop - start, n]`` of the outputs from ``start`` on."""
+    columns = slice(start, stop)
+    zeros = unpack(packed.qzeros.T.contiguous(), packed.bits).T[:, columns]
+    group = packed.g_idx.long()
+    weight = (unpack(packed.qweight[:, columns], packed.bits) - zeros[group]).to(compute)
+    return weight.mul_(packed.scales[:, columns].to(compute)[group]).T
+
+
+def dequantize_inputs(packed: Packed, start: int, stop: int, compute: torch.dtype) -> torch.Tensor:
+    """Weights ``[stop - start, m]`` of the inputs from ``start`` on, which begin and end with a unit."""
+    group = packed.g_idx[start:stop].long()
+    used, group = group.unique(return_inverse=True)
+    zeros = unpack(packed.qzeros[used].T.contiguous(), packed.bits).T
+    codes = unpack(packed.qweight[_words(packed.bits, start, stop)], packed.bits)
+    return (codes - zeros[group]).to(compute).mul_(packed.scales[used].to(compute)[group])
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 ``[w, m]`` -> codes int32 ``[w * 32 / bits, m]``. See the reference."""
+    mask = (1 << bits) - 1
+    if bits != 3:
+        shift = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+        return (words[:, None] >> shift[:, None]).bitwise_and_(mask).view(-1, words.shape[1])
+    words = words.view(-1, 3, words.shape[1])
+    out = words.new_empty(len(words), 32, words.shape[2])
+    for code in range(32):
+        word, shift = divmod(3 * code, 32)
+        torch.bitwise_right_shift(words[:, word], shift, out=out[:, code])
+        if shift > 29:
+            kept = 32 - shift
+            out[:, code] &= (1 << kept) - 1
+            out[:, code] |= words[:, word + 1] << kept
+    return out.bitwise_and_(mask).view(-1, words.shape[2])
+
+
+def _words(bits: int, start: int, stop: int) -> slice:
+    """Which words hold the codes ``start`` to ``stop - 1``, both multiples of a unit."""
+    return slice(start // UNIT_CODES[bits] * UNIT_WORDS[bits], -(-stop // UNIT_CODES[bits]) * UNIT_WORDS[bits])
+
+
+def _stretches(n: int, m: int, multiple: int, cuda: bool) -> list[tuple[int, int]]:
+    """Begin and end of stretches of inputs, of a multiple of so many."""
+    step = max(1, (_ELEMENTS_GPU if cuda else _ELEMENTS) // max(1, m * multiple)) * multiple
+    return [(start, min(start + step, n)) for start in range(0, n, step)]
