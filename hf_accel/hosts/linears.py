@@ -6,9 +6,9 @@ weights; the plan itself is not touched). Its hooks belong to the place: the hoo
 the new module, so a handle that was given out earlier removes its hook from both, and a hook that is registered while
 the new module stands is there after undo.
 
-What is refused, in words: a linear whose weight is computed (a parametrization, weight norm), kept elsewhere (offloading
-by accelerate or diffusers), sharded over devices, or shared with something that is no linear (a tied head and its
-embedding).
+What is refused, in words: a linear whose weight is computed (a parametrization, weight norm), kept elsewhere
+(offloading by accelerate or diffusers), sharded over devices, or shared with something that is no linear (a tied head
+and its embedding).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -180,7 +181,9 @@ def replace(site: LinearSite, module: torch.nn.Module, ledger: Ledger) -> None:
         reason = why_irreplaceable(place)
         if reason is not None:
             raise NotApplicable(f"{place.name} cannot be replaced: {reason}.")
-    module.to(_stored_weight(site.module).device)
+    old = _stored_weight(site.module)
+    if old is not None:
+        module.to(old.device)
     for place in places:
         standing = module if place.module is site.module else _twin(module)
         if standing is not module or place is site:
@@ -212,7 +215,7 @@ def why_irreplaceable(site: LinearSite) -> str | None:
     weight = _stored_weight(module)
     if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
         return "its weight is sharded over devices. Replace before the model is distributed"
-    if weight.is_meta:
+    if weight is not None and weight.is_meta:
         return "its weight is on the meta device: the model is not loaded, or offloaded"
     return None
 
@@ -328,18 +331,19 @@ def _unanswered(text: str, found: list[_Found]) -> InvalidSetting:
     return InvalidSetting("linears", "targets", text, f"{allowed}{f'; did you mean {near}' if near else ''}")
 
 
-def _stored_weight(module: torch.nn.Module) -> torch.Tensor:
-    """What a linear stores for its weight, whatever its form."""
+def _stored_weight(module: torch.nn.Module) -> torch.Tensor | None:
+    """What a linear stores for its weight, whatever its form; None if it stores nothing."""
     stored: dict[str, Any] = {**module._buffers, **module._parameters}
     for name in ("weight", "qweight"):
         if stored.get(name) is not None:
             return stored[name]
-    return next(tensor for tensor in (*module.parameters(), *module.buffers()) if tensor is not None)
+    return next(itertools.chain(module.parameters(), module.buffers()), None)
 
 
 def _identity(site: LinearSite) -> Hashable:
     """Equal for linears that have one weight."""
-    return _tensor_identity(_stored_weight(site.module))
+    weight = _stored_weight(site.module)
+    return id(site.module) if weight is None else _tensor_identity(weight)
 
 
 def _tensor_identity(tensor: torch.Tensor) -> Hashable:
