@@ -107,6 +107,12 @@ class Grid:
     zero: torch.Tensor | None = None
 
 
+def group_index(inputs: int, group_size: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """int32 ``[inputs]``: which group an input belongs to, if neighbours make a group. -1: one group for all."""
+    index = torch.arange(inputs, dtype=torch.int32, device=device)
+    return torch.zeros_like(index) if group_size == -1 else index // group_size
+
+
 @dataclass(frozen=True)
 class ShrinkSearch:
     """Try smaller ranges and keep, block by block, the one with the least ``sum |Q(w) - w| ** norm``.

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from hf_accel.errors import InvalidSetting, QuantizationError
-from hf_accel.quant.grid import Grid
+from hf_accel.kernels.quantized_linear import dequantize_packed, quantized_linear
+from hf_accel.quant.grid import Grid, group_index
 from hf_accel.quant.packing import CODES_PER_RUN, PACKED_BITS, pack_codes, pack_zeros, unpack_codes, unpack_zeros
 
 
@@ -70,12 +70,14 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size = bits, group_size
         dtype = dtype or torch.float16
-        words = {"dtype": torch.int32, "device": device}
-        self.register_buffer("qweight", torch.zeros(in_features * bits // 32, out_features, **words))
-        self.register_buffer("qzeros", torch.zeros(groups, out_features * bits // 32, **words))
+        empty = torch.zeros(0, dtype=torch.int32, device=device)
+        self.register_buffer("qweight", empty.new_zeros(in_features * bits // 32, out_features))
+        self.register_buffer("qzeros", empty.new_zeros(groups, out_features * bits // 32))
         self.register_buffer("scales", torch.full((groups, out_features), math.nan, dtype=dtype, device=device))
-        self.register_buffer("g_idx", _runs(in_features, groups, group_size).to(device))
+        self.register_buffer("g_idx", group_index(in_features, group_size, device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        self._inspected: torch.Tensor | None = None
+        self._inspected_version, self._neighbours = -1, False
 
     @classmethod
     def empty(
@@ -150,6 +152,12 @@ class PackedLinear(nn.Module):
             packed.bias.copy_(bias.detach())
         return packed
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Tells shape, dtype and device of the weight to those who ask a linear for them (T5's feed-forward, peft); its
+        numbers are NaN and it takes no memory. The weight is :meth:`dequantize_weight`."""
+        return self.scales.new_full((1, 1), math.nan).expand(self.out_features, self.in_features)
+
     def codes(self) -> torch.Tensor:
         """uint8 ``[out, in]``."""
         return unpack_codes(self.qweight, self.bits, self.in_features).t()
@@ -161,15 +169,39 @@ class PackedLinear(nn.Module):
 
     def dequantize_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight ``[out, in]``, in ``dtype`` or that of the scales."""
-        grid, g_idx = self.grid(), self.g_idx.long()
-        dtype = dtype or self.scales.dtype
-        zero = grid.zero[:, g_idx] if grid.zero is not None else 0
-        return (self.codes().to(dtype) - zero) * grid.scale[:, g_idx].to(dtype)
+        parts = self.qweight, self._kernel_scales(), self.qzeros, self.g_idx, self.bits
+        return dequantize_packed(*parts, dtype or self.scales.dtype, group_size=self.run_length())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` -> ``[..., out]`` in x's dtype."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dequantize_weight(x.dtype), bias)
+        """``[..., in]`` -> ``[..., out]`` in x's dtype; under autocast in autocast's, as a dense linear."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        parts = self.qweight, self._kernel_scales(), self.qzeros, self.g_idx, self.bits
+        return quantized_linear(x, *parts, self.bias, group_size=self.run_length())
+
+    def run_length(self) -> int | None:
+        """How many neighbouring inputs make a group, or None if ``g_idx`` says otherwise: what kernels may rely on.
+
+        Looked up once for every ``g_idx`` that this module comes to hold, because on a GPU it waits for the device;
+        and not while a graph is traced, which takes what the last eager call found.
+        """
+        if not torch.compiler.is_compiling():
+            version = -1 if self.g_idx.is_inference() else self.g_idx._version
+            if self._inspected is not self.g_idx or self._inspected_version != version:
+                expected = group_index(self.in_features, self.group_size, self.g_idx.device)
+                self._neighbours = not self.g_idx.is_meta and torch.equal(self.g_idx, expected)
+                self._inspected, self._inspected_version = self.g_idx, version
+        if not self._neighbours:
+            return None
+        return self.in_features if self.group_size == -1 else self.group_size
+
+    def _kernel_scales(self) -> torch.Tensor:
+        """Kernels take no fp64 scales, which a module that was moved to fp64 holds; they came from fewer bits."""
+        return self.scales.float() if self.scales.dtype == torch.float64 else self.scales
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._inspected, self._neighbours = None, False
 
     def extra_repr(self) -> str:
         return (
@@ -199,9 +231,3 @@ def _groups(in_features: int, out_features: int, bits: int, group_size: int) -> 
             f"PackedLinear: {why}. Leave this layer dense, or pad its weight and its inputs and cut its outputs."
         )
     return 1 if group_size == -1 else -(-in_features // group_size)
-
-
-def _runs(in_features: int, groups: int, group_size: int) -> torch.Tensor:
-    if groups == 1:
-        return torch.zeros(in_features, dtype=torch.int32)
-    return torch.arange(in_features, dtype=torch.int32) // group_size

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_accel.errors import InvalidSetting, QuantizationError
+from hf_accel.kernels.quantized_linear import reference as kernel
 from hf_accel.quant.packing import (
     PACKED_BITS,
     fits_v1,
@@ -69,6 +70,12 @@ def test_three_bits_are_the_released_kernels_split():
 def test_four_bits_by_hand():
     codes = torch.tensor([*range(16), *range(15, -1, -1)], dtype=torch.uint8)[:, None]
     assert unsigned(pack_codes(codes, 4)) == [0x76543210, 0xFEDCBA98, 0x89ABCDEF, 0x01234567]
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+def test_the_kernels_definition_reads_what_is_written(bits):
+    codes = random_codes(64, 5, bits, seed=3)
+    assert torch.equal(kernel.unpack(pack_codes(codes, bits), bits), codes.int())
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)

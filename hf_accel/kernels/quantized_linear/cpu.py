@@ -84,12 +84,12 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     mask = (1 << bits) - 1
     if bits != 3:
         shift = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-        return (words[:, None] >> shift[:, None]).bitwise_and_(mask).view(-1, words.shape[1])
-    words = words.view(-1, 3, words.shape[1])
+        return (words[:, None] >> shift[:, None]).bitwise_and_(mask).reshape(-1, words.shape[1])
+    words = words.reshape(-1, 3, words.shape[1])
     out = words.new_empty(len(words), 32, words.shape[2])
     for code in range(32):
         word, shift = divmod(3 * code, 32)
-        torch.bitwise_right_shift(words[:, word], shift, out=out[:, code])
+        out[:, code] = words[:, word] >> shift
         if shift > 29:
             kept = 32 - shift
             out[:, code] &= (1 << kept) - 1
