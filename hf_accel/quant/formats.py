@@ -53,6 +53,12 @@ class Format:
         return 1 << self.bits
 
     @property
+    def nan_code(self) -> int | None:
+        """All bits below the sign, where that is no number."""
+        last = self.levels // 2 - 1
+        return last if self.is_float and last > self.largest_code else None
+
+    @property
     def largest(self) -> float:
         """The largest finite value; of an integer the largest code, ``2**bits - 1``."""
         return self._magnitude(self.largest_code) if self.is_float else float(self.levels - 1)

@@ -193,7 +193,8 @@ def encode(
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Codes uint8 ``[out, in]`` of ``weight`` ``[out, in]``; what is outside of the range takes its end (saturates).
+    """Codes uint8 ``[out, in]`` of ``weight`` ``[out, in]``; what is outside of the range takes its end (saturates),
+    infinity too. NaN stays NaN in E4M3 and E5M2; the others have no code for it, and it becomes any.
 
     Args:
         rounding: ``"nearest"``, halves to even; ``"stochastic"``, up with the probability of the part cut off, so that
@@ -256,6 +257,8 @@ def _float_codes(scaled: torch.Tensor, format: Format, noise: torch.Tensor | Non
     spacing = power_of_two(exponent - format.mantissa_bits)
     units = _round(magnitude / spacing, noise).int()
     code = ((exponent - format.min_exponent) << format.mantissa_bits) + units
+    if format.nan_code is not None:
+        code = code.masked_fill(scaled.isnan(), format.nan_code)
     return (code + (torch.signbit(scaled).int() << (format.bits - 1))).to(torch.uint8)
 
 

@@ -189,7 +189,7 @@ class PackedLinear(nn.Module):
             version = -1 if self.g_idx.is_inference() else self.g_idx._version
             if self._inspected is not self.g_idx or self._inspected_version != version:
                 expected = group_index(self.in_features, self.group_size, self.g_idx.device)
-                self._neighbours = not self.g_idx.is_meta and torch.equal(self.g_idx, expected)
+                self._neighbours = self.g_idx.is_meta or torch.equal(self.g_idx, expected)
                 self._inspected, self._inspected_version = self.g_idx, version
         if not self._neighbours:
             return None
