@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -99,22 +100,18 @@ def gptq_solve(
     weight, gram = _checked(weight, gram, scheme, name)
     m, n = weight.shape
     group_size = scheme.block(weight.shape)[1]
-    fit = {"search": search, "shrink": shrink, "scale_dtype": scale_dtype}
+    fit: dict[str, Any] = {"search": search, "shrink": shrink, "scale_dtype": scale_dtype}
 
     dead = gram.diagonal() == 0
     seen = gram.diagonal()[~dead]
     gram.diagonal()[dead] = seen.mean() if seen.numel() else 1.0
     weight[:, dead] = 0
-    factor, used, retries = _factorised(gram, damping)
-    if factor is None:
-        return round_to_nearest(weight, scheme, gram=gram, retries=retries, dead=int(dead.sum()), **fit)
-
     order = torch.arange(n, device=weight.device)
     if act_order:
         order = gram.diagonal().argsort(descending=True, stable=True)
-        factor, _, _ = _factorised(gram[order][:, order], used)
-        if factor is None:  # what one order barely factorises, rounding of another may not
-            return round_to_nearest(weight, scheme, gram=gram, retries=retries, dead=int(dead.sum()), **fit)
+    factor, used, retries = _factorised(gram[order][:, order] if act_order else gram, damping)
+    if factor is None:
+        return round_to_nearest(weight, scheme, gram=gram, retries=retries, dead=int(dead.sum()), **fit)
     factor = factor.to(weight.dtype)
     pivots = factor.diagonal().tolist()
     static = static_groups or group_size >= n
@@ -150,9 +147,8 @@ def gptq_solve(
         loss += errors.square().sum() / 2
     unordered = torch.empty_like(codes)
     unordered[order] = codes
-    return Solution(
-        unordered.t().contiguous(), grid, g_idx, float(loss), "gptq", used, retries, int(dead.sum())
-    )  # fmt: skip
+    codes = unordered.t().contiguous()
+    return Solution(codes, grid, g_idx, float(loss), "gptq", used, retries, int(dead.sum()))
 
 
 def round_to_nearest(
