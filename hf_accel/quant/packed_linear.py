@@ -174,8 +174,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` -> ``[..., out]`` in x's dtype; under autocast in autocast's, as a dense linear."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        where = x.device.type
+        if torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(where))
         parts = self.qweight, self._kernel_scales(), self.qzeros, self.g_idx, self.bits
         return quantized_linear(x, *parts, self.bias, group_size=self.run_length())
 

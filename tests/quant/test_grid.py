@@ -142,6 +142,12 @@ def test_power_of_two_scales(format, symmetric):
         assert bool(((scale >= exact) & (scale < 2 * exact)).all())
 
 
+def test_a_range_that_is_a_power_of_two_already_keeps_its_scale():
+    weight = torch.tensor([[-7.5, 7.5, 1.0], [-60.0, 3.0, 0.0], [-3.75, 0.1, 0.2]])
+    scheme = Scheme.per_row(INT4, symmetric=True, scale_rule="power_of_two")
+    assert fit_grid(weight, scheme).scale[:, 0].tolist() == [1.0, 8.0, 0.5]
+
+
 def test_power_of_two_is_exact_for_every_exponent():
     exponents = torch.arange(-126, 128, dtype=torch.int32)
     assert power_of_two(exponents).tolist() == [2.0**e for e in range(-126, 128)]
