@@ -1,0 +1,24 @@
+"""QWHA adapters for peft. Importing this package registers them, for peft, transformers and diffusers alike.
+
+>>> import hf_accel.peft
+>>> from peft import get_peft_model
+>>> model = get_peft_model(model, hf_accel.peft.QWHAConfig(r=64, target_modules="all-linear"))
+"""
+
+from __future__ import annotations
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+from hf_accel.peft.registration import add_peft_type
+
+QWHA = add_peft_type("QWHA")
+
+from hf_accel.peft.config import QWHAConfig  # noqa: E402 (a configuration names its type)
+from hf_accel.peft.layer import QWHALinear  # noqa: E402
+from hf_accel.peft.model import QWHAModel, merge_into_dense  # noqa: E402
+
+if QWHA not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(name="qwha", config_cls=QWHAConfig, model_cls=QWHAModel)
+
+__all__ = ["QWHAConfig", "QWHALinear", "QWHAModel", "merge_into_dense"]
