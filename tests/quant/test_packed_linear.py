@@ -80,6 +80,10 @@ def test_the_kernel_is_told_whether_neighbours_make_a_group_and_looks_again_when
         return F.linear(x, dense, module.bias)
 
     swapped = module.g_idx.flip(0)
+    other = packed_of(group=32)[0]
+    assert other.run_length() == 32
+    other._buffers["g_idx"] = swapped
+    assert other.run_length() is None
     module.g_idx.copy_(swapped)  # in place
     assert module.run_length() is None
     assert_near(module(x), expected())
