@@ -30,6 +30,7 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb, repea
 from hf_accel.patches.rcd import residual_embeddings
 from hf_accel.zoo.sdar import SDARConfig, SDARDecoderLayer, SDARForCausalLM, block_causal_mask
 
+from ..steps import Optimizers, follow, save
 from . import tasks
 
 COPIES = 2
@@ -233,41 +234,6 @@ def stages(text: str) -> list[tuple[float, list[tuple[int, int]]]]:
     return found
 
 
-class Optimizers:
-    """Muon for the matrices inside the layers, AdamW for embeddings, head and, ten times as fast, norms.
-
-    The norms of queries and keys bound how sharp attention can be, and a longer context needs it sharper: at the rate
-    of the matrices they are what everything waits for.
-    """
-
-    def __init__(self, model: SDARForCausalLM) -> None:
-        inside = [p for p in model.model.layers.parameters() if p.dim() == 2]
-        norms = [p for name, p in model.named_parameters() if "norm" in name]
-        ids = {id(p) for p in (*inside, *norms)}
-        others = [p for p in model.parameters() if id(p) not in ids]
-        groups = [{"params": others, "factor": 1.0}, {"params": norms, "factor": 10.0}]
-        self.parts = (
-            torch.optim.Muon(inside, lr=1e-3, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, foreach=True),
-        )
-
-    def step(self, lr: float) -> None:
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = lr * group.get("factor", 1.0)
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-
-def save(
-    file: Path, model: SDARForCausalLM, average: dict[str, Tensor], optimizers: Optimizers, spent: float, step: int
-) -> None:
-    state = {"model": model.state_dict(), "average": average, "spent": spent, "step": step}
-    state["optimizers"] = [part.state_dict() for part in optimizers.parts]
-    torch.save(state, file.with_suffix(".new"))
-    file.with_suffix(".new").replace(file)
-
-
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--out", type=Path, required=True)
@@ -335,9 +301,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(lr)
         step += 1
-        keep = min(given.average, step / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 1 - keep)
+        follow(average, model, min(given.average, step / (step + 10)))
         kind = data.task.flatten()[(data.weight > 0).flatten()].numpy()
         for index in range(len(tasks.TASKS)):
             counts[index] += (kind == index).sum()
