@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 from hf_accel.errors import InvalidSetting, QuantizationError
@@ -209,6 +210,30 @@ def test_a_deep_copy_is_its_own():
     module.qweight.zero_()
     assert torch.equal(twin.dequantize_weight(), weight)
     assert repr(twin) == "PackedLinear(in_features=96, out_features=64, bits=4, group_size=32, bias=True)"
+
+
+@torch.no_grad()
+def test_its_weight_answers_questions_and_holds_no_values():
+    """T5's feed-forward reads ``wo.weight`` before it multiplies; whoever takes the answer for values sees NaN."""
+    module, _ = packed_of(dtype=torch.float16)
+    weight = module.weight
+    assert (weight.shape, weight.dtype, weight.device.type) == ((64, 96), torch.float16, "cpu")
+    assert not weight.requires_grad
+    assert "weight" not in module.state_dict()
+    assert weight.untyped_storage().nbytes() == 2
+    assert bool(F.linear(gaussian(2, 96).half(), weight).isnan().all())
+    config = transformers.T5Config(d_model=32, d_ff=64, num_heads=2, d_kv=16, num_layers=1, vocab_size=11)
+    for kind in ("relu", "gated-gelu"):
+        config.update({"feed_forward_proj": kind, "is_gated_act": "gated" in kind, "dense_act_fn": "relu"})
+        model = transformers.T5EncoderModel(config).eval()
+        block = model.encoder.block[0].layer[1].DenseReluDense
+        packed, dense = packed_of(32, 64, bias=False)
+        block.wo = packed
+        tokens = torch.tensor([[1, 2, 3]])
+        ours = model(tokens).last_hidden_state
+        block.wo = torch.nn.Linear(64, 32, bias=False)
+        block.wo.weight.data = dense
+        assert_near(ours, model(tokens).last_hidden_state, 1e-4)
 
 
 def test_sizes_and_parts_that_do_not_fit():
