@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hf_accel.api import Applied, apply, explain, methods, revert
     from hf_accel.generation.blocks import generate_blocks
+    from hf_accel.hosts.quantized_loading import load_quantized, register_quantizers, unregister_quantizers
     from hf_accel.measure.calibrate import calibrate
     from hf_accel.measure.compare import compare
     from hf_accel.registry import register
@@ -27,12 +28,15 @@ _LAZY = {
     "Applied": "api", "apply": "api", "explain": "api", "methods": "api", "revert": "api",
     "calibrate": "measure.calibrate", "compare": "measure.compare", "register": "registry",
     "generate_blocks": "generation.blocks",
+    "load_quantized": "hosts.quantized_loading", "register_quantizers": "hosts.quantized_loading",
+    "unregister_quantizers": "hosts.quantized_loading",
     "Finetuner": "train.finetuner", "load_trained": "trained", "save_trained": "trained",
 }  # fmt: skip
 
 __all__ = [
     "Applied", "Finetuner", "__version__", "apply", "calibrate", "compare", "explain", "generate_blocks",
-    "load_trained", "methods", "register", "revert", "save_trained",
+    "load_quantized", "load_trained", "methods", "register", "register_quantizers", "revert", "save_trained",
+    "unregister_quantizers",
 ]  # fmt: skip
 
 

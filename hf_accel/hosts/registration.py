@@ -38,3 +38,19 @@ def _let_go(key: Any) -> None:
             _HELD[key] = (count - 1, remove)
         else:
             remove()
+
+
+def replace_entries(key: str, *entries: tuple[dict[str, Any], Any]) -> Callable[[], None]:
+    """Put ours under ``key`` into mappings of a host; returns what puts back what was there."""
+    theirs = [(mapping, mapping.get(key)) for mapping, _ in entries]
+    for mapping, ours in entries:
+        mapping[key] = ours
+
+    def put_back() -> None:
+        for mapping, old in theirs:
+            if old is None:
+                del mapping[key]
+            else:
+                mapping[key] = old
+
+    return put_back
