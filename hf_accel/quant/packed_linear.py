@@ -156,7 +156,9 @@ class PackedLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """Tells shape, dtype and device of the weight to those who ask a linear for them (T5's feed-forward, peft); its
         numbers are NaN and it takes no memory. The weight is :meth:`dequantize_weight`."""
-        return self.scales.new_full((1, 1), math.nan).expand(self.out_features, self.in_features)
+        told = self.scales.new_full((1, 1), math.nan).expand(self.out_features, self.in_features)
+        told._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers: not to be filled at loading
+        return told
 
     def codes(self) -> torch.Tensor:
         """uint8 ``[out, in]``."""
