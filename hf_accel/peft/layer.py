@@ -116,6 +116,21 @@ class QWHALinear(nn.Module, BaseTunerLayer):
             parts.append(Coefficients(self.qwha_indptr[name], self.qwha_columns[name], scaled))
         return combine(parts)
 
+    def dense_base_weight(self) -> torch.Tensor:
+        """The base's weight as ``[out, in]``, dequantised where it is packed.
+
+        Raises:
+            NotApplicable: a base of a library that does not dequantise.
+        """
+        base: Any = self.get_base_layer()
+        if isinstance(base, PackedLinear):
+            return base.dequantize_weight(torch.float32)
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise NotApplicable(f"{self.layer_name}: {backend.backend_name} layers do not show their weight.")
+        weight = self.get_base_weight()
+        return weight.T if _is_conv1d(base) else weight
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """dW of one adapter, ``[out, in]``, in fp32 (fp64 for fp64 values)."""
         return qwha_weight(None, *self.coefficients([adapter]), 1.0, in_features=self.in_features, blocks=self.block)
@@ -218,9 +233,7 @@ class QWHALinear(nn.Module, BaseTunerLayer):
         if isinstance(base, PackedLinear):
             packed = packed_parts(base)
             return qwha_weight(None, *coefficients, 1.0, packed=packed, blocks=self.block, dtype=dtype)
-        weight = self.get_base_weight()
-        weight = weight.T.contiguous() if _is_conv1d(base) else weight
-        return qwha_weight(weight, *coefficients, 1.0, blocks=self.block, dtype=dtype)
+        return qwha_weight(self.dense_base_weight().contiguous(), *coefficients, 1.0, blocks=self.block, dtype=dtype)
 
     def _write_base(self, names: Sequence[str], sign: float, safe: bool = False) -> None:
         backend = self.quantization_backend

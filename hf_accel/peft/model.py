@@ -68,7 +68,7 @@ class QWHAModel(BaseTuner):
         if reason is not None:
             raise NotApplicable(
                 f"{current_key} cannot have a QWHA adapter: {reason} ({type(base).__name__}). Adapters go on "
-                "nn.Linear, Conv1D, PackedLinear and the quantised linears that peft knows; leave it out of target_modules."
+                "nn.Linear, Conv1D, PackedLinear and quantised linears that peft knows; leave it out of target_modules."
             )
         wrapped = QWHALinear(target, adapter_name, peft_config, current_key, **options)
         if adapter_name not in self.active_adapters:
