@@ -8,8 +8,8 @@ rounded with an error ``w_i - q_i``, the best answer of the columns after it is 
 
 Decisions where paper and released code differ, are silent, or could be better:
 
-* ``U`` is ``R^-1`` with ``H = R R^T``, ``R`` upper triangular: one Cholesky factorisation of ``H`` in reversed order and
-  one triangular inverse. The code factorises ``H``, inverts, and factorises the inverse; the result is the same.
+* ``U`` is ``R^-1`` with ``H = R R^T``, ``R`` upper triangular: one Cholesky factorisation of ``H`` in reversed order
+  and one triangular inverse. The code factorises ``H``, inverts, and factorises the inverse; the result is the same.
 * Groups whose grid is found on the way (``static_groups=False``) see every correction made before them, whatever the
   block size: blocks end where groups begin. The code fits a group that begins inside of a block to a weight that lacks
   the corrections of that block.
