@@ -88,11 +88,11 @@ def order_matrix(order: int) -> torch.Tensor:
     if order in _PALEY_SECOND:
         return _paley_second(_PALEY_SECOND[order])
     if order == 52:
-        return _goethals_seidel(*map(_circulant, _williamson(13)), _reversal(13))
+        return _goethals_seidel([_circulant(row) for row in _williamson(13)], _reversal(13))
     if order == 156:
-        return _goethals_seidel(*_widened(_williamson(13), 3), torch.kron(_reversal(3), _reversal(13)))
+        return _goethals_seidel(_widened(_williamson(13), 3), torch.kron(_reversal(3), _reversal(13)))
     if order == 172:
-        return _goethals_seidel(*map(_circulant, _williamson(43)), _reversal(43))
+        return _goethals_seidel([_circulant(row) for row in _williamson(43)], _reversal(43))
     if order == 40:
         return torch.kron(sylvester(2), order_matrix(20))
     raise UnsupportedByKernel(f"order_matrix: no matrix of order {order}; there are 1, {', '.join(map(str, ORDERS))}.")
@@ -171,10 +171,9 @@ def _reversal(n: int) -> torch.Tensor:
     return torch.eye(n, dtype=torch.int8).flip(1)
 
 
-def _goethals_seidel(
-    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, reversal: torch.Tensor
-) -> torch.Tensor:
+def _goethals_seidel(blocks: Sequence[torch.Tensor], reversal: torch.Tensor) -> torch.Tensor:
     """Order 4n from four matrices of order n that commute, are group-circulant and whose ``X X^T`` add up to 4n I."""
+    a, b, c, d = blocks
     b_r, c_r, d_r = (x @ reversal for x in (b, c, d))
     bt_r, ct_r, dt_r = (x.T @ reversal for x in (b, c, d))
     rows = [[a, b_r, c_r, d_r], [-b_r, a, dt_r, -ct_r], [-c_r, -dt_r, a, bt_r], [-d_r, ct_r, -bt_r, a]]
