@@ -1,12 +1,12 @@
-"""Lists at the Python prompt: what mini-llama can learn beside writing Python, with answers that are right or wrong.
+"""Digits at the Python prompt: what mini-llama can learn beside writing Python, with answers that are right or wrong.
 
-Text is that of a session, one expression and its value::
+Text is that of a session, one expression on a string of digits and its value::
 
-    >>> sorted([7, 2, 9, 4], reverse=True)
-    [9, 7, 4, 2]
+    >>> ''.join(sorted('7294', reverse=True))
+    '9742'
 
-`RELATED` are the expressions of which a small share is mixed into the pre-training; `TASKS` are those for fine-tuning:
-each is near to related ones and none was seen. Lists of digits; a hash of the list keeps one in eight for held-out
+`RELATED` are the expressions of which a share is mixed into the pre-training; `TASKS` are those for fine-tuning: each
+is near to related ones and none was seen. Every digit is a token. A hash of the string keeps one in eight for held-out
 items, of related expressions as well. Everything is drawn from the seed that is given.
 """
 
@@ -22,37 +22,40 @@ from hf_accel.errors import InvalidSetting
 
 RESERVED = 8
 SPLITS = ("train", "heldout")
-Draw = Callable[[np.random.Generator, list[int]], str]
+DIGITS = (3, 8)
+Draw = Callable[[np.random.Generator, str], str]
 
 
 def _digit(rng: np.random.Generator, low: int = 0, high: int = 9) -> int:
     return int(rng.integers(low, high + 1))
 
 
-def _place(rng: np.random.Generator, digits: list[int]) -> int:
-    return int(rng.integers(len(digits)))
+def _one_of(rng: np.random.Generator, digits: str) -> str:
+    return digits[int(rng.integers(len(digits)))]
 
 
 RELATED: dict[str, Draw] = {
-    "sorted": lambda rng, xs: f"sorted({xs})",
-    "max": lambda rng, xs: f"max({xs})",
-    "min": lambda rng, xs: f"min({xs})",
-    "len": lambda rng, xs: f"len({xs})",
-    "item": lambda rng, xs: f"{xs}[{_place(rng, xs)}]",
-    "slice": lambda rng, xs: f"{xs}[{_digit(rng, 1, 3)}:]",
-    "join": lambda rng, xs: f"{xs[:2]} + {xs[2:]}",
-    "in": lambda rng, xs: f"{_digit(rng)} in {xs}",
-    "compare": lambda rng, xs: f"{_digit(rng)} > {_digit(rng)}",
-    "add": lambda rng, xs: f"{_digit(rng)} + {_digit(rng)}",
-    "list": lambda rng, xs: f"list({xs})",
+    "str": lambda rng, s: f"str('{s}')",
+    "sorted": lambda rng, s: f"''.join(sorted('{s}'))",
+    "max": lambda rng, s: f"max('{s}')",
+    "min": lambda rng, s: f"min('{s}')",
+    "len": lambda rng, s: f"len('{s}')",
+    "item": lambda rng, s: f"'{s}'[{_digit(rng, 0, len(s) - 1)}]",
+    "tail": lambda rng, s: f"'{s}'[{_digit(rng, 1, 2)}:]",
+    "head": lambda rng, s: f"'{s}'[:{_digit(rng, 1, len(s) - 1)}]",
+    "sum": lambda rng, s: f"'{s[:2]}' + '{s[2:]}'",
+    "in": lambda rng, s: f"'{_digit(rng)}' in '{s}'",
+    "larger": lambda rng, s: f"'{_digit(rng)}' > '{_digit(rng)}'",
+    "twice": lambda rng, s: f"'{s}' * 2",
 }
 TASKS: dict[str, Draw] = {
-    "descending": lambda rng, xs: f"sorted({xs}, reverse=True)",
-    "reversed": lambda rng, xs: f"{xs}[::-1]",
-    "larger": lambda rng, xs: f"[x for x in {xs} if x > {_digit(rng, 2, 6)}]",
-    "raised": lambda rng, xs: f"[x + {_digit(rng, 1, 3)} for x in {xs}]",
-    "distinct": lambda rng, xs: f"sorted(set({xs}))",
-    "ends": lambda rng, xs: f"[min({xs}), max({xs})]",
+    "descending": lambda rng, s: f"''.join(sorted('{s}', reverse=True))",
+    "reversed": lambda rng, s: f"'{s}'[::-1]",
+    "filtered": lambda rng, s: f"''.join(x for x in '{s}' if x > '{_digit(rng, 2, 6)}')",
+    "distinct": lambda rng, s: f"''.join(sorted(set('{s}')))",
+    "replaced": lambda rng, s: f"'{s}'.replace('{_one_of(rng, s)}', '{_digit(rng)}')",
+    "doubled": lambda rng, s: f"''.join(x + x for x in '{s}')",
+    "ends": lambda rng, s: f"min('{s}') + max('{s}')",
 }
 
 
@@ -69,21 +72,22 @@ class Item:
         return self.prompt + self.answer
 
 
-def reserved(digits: Sequence[int]) -> bool:
-    """Whether items on this list are held out."""
-    return hashlib.sha256(bytes(digits)).digest()[0] % RESERVED == 0
+def reserved(digits: str) -> bool:
+    """Whether items on this string of digits are held out."""
+    return hashlib.sha256(digits.encode()).digest()[0] % RESERVED == 0
 
 
-def _digits(rng: np.random.Generator, held: bool) -> list[int]:
+def _digits(rng: np.random.Generator, held: bool) -> str:
+    low, high = DIGITS
     while True:
-        found = [int(digit) for digit in rng.integers(0, 10, int(rng.integers(3, 8)))]
+        found = "".join(map(str, rng.integers(0, 10, int(rng.integers(low, high + 1)))))
         if reserved(found) == held:
             return found
 
 
 def _item(rng: np.random.Generator, name: str, draw: Draw, held: bool) -> Item:
     expression = draw(rng, _digits(rng, held))
-    return Item(name, f">>> {expression}\n", f"{eval(expression)}\n")
+    return Item(name, f">>> {expression}\n", f"{eval(expression)!r}\n")
 
 
 def related(rng: np.random.Generator) -> Item:

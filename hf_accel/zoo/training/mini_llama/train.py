@@ -30,8 +30,6 @@ from ..steps import Optimizers, follow, save
 from . import task, text
 from .model import fresh, learn_tokens
 
-SESSIONS = 0.08
-
 
 def stream(tokens: Tokenizer, length: int, seed: int) -> Iterator[list[int]]:
     """Windows of `length + 1` ids without end: each time round the files in another order, cut and shuffled anew.
@@ -57,12 +55,12 @@ def session(tokens: Tokenizer, rng: np.random.Generator, length: int) -> list[in
     return found[:length]
 
 
-def batches(tokens: Tokenizer, rows: int, length: int, seed: int) -> Iterator[Tensor]:
-    """`[rows, length + 1]` ids, without end."""
+def batches(tokens: Tokenizer, rows: int, length: int, sessions: float, seed: int) -> Iterator[Tensor]:
+    """`[rows, length + 1]` ids, without end; a share `sessions` of the rows are such."""
     files, rng = stream(tokens, length, seed), np.random.default_rng([seed, 1])
     while True:
-        sessions = rng.random(rows) < SESSIONS
-        yield torch.tensor([session(tokens, rng, length + 1) if one else next(files) for one in sessions])
+        drawn = rng.random(rows) < sessions
+        yield torch.tensor([session(tokens, rng, length + 1) if one else next(files) for one in drawn])
 
 
 def _layer(layer: torch.nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,6 +95,7 @@ def main() -> None:
     ask.add_argument("--steps", type=int, help="end after so many steps, instead of --minutes")
     ask.add_argument("--rows", type=int, default=16)
     ask.add_argument("--length", type=int, default=512)
+    ask.add_argument("--sessions", type=float, default=0.2, help="share of rows with related expressions")
     ask.add_argument("--lr", type=float, default=3e-3)
     ask.add_argument("--warm", type=int, default=40, help="steps of warm-up")
     ask.add_argument("--end", type=float, default=0.03, help="learning rate at the end, as a share of --lr")
@@ -124,8 +123,9 @@ def main() -> None:
         average, spent, step = state["average"], state["spent"], state["step"]
         for part, held in zip(optimizers.parts, state["optimizers"], strict=True):
             part.load_state_dict(held)
-    source = batches(tokens, given.rows, given.length, given.seed + step)
+    source = batches(tokens, given.rows, given.length, given.sessions, given.seed + step)
     probe = torch.from_numpy(text.windows(text.ids(tokens, "heldout"), 24, given.length + 1))
+    related = torch.tensor([session(tokens, np.random.default_rng([7, row]), given.length + 1) for row in range(8)])
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
     layer = torch.compile(_layer, dynamic=False) if given.compile else _layer
@@ -155,6 +155,7 @@ def main() -> None:
             if now - saved > 180:
                 save(state_file, model, average, optimizers, spent, step)
                 line["heldout"] = round(judged(model, average, probe), 4)
+                line["sessions"] = round(judged(model, average, related), 4)
                 now = saved = time.monotonic()
             with open(given.out / "log.jsonl", "a") as log:
                 print(json.dumps(line), file=log)
