@@ -65,6 +65,8 @@ class Facts:
         causal: an attention method that honours a causal mask; others run dense there.
         exact: computes the unpatched result (to rounding) at every setting.
         full_budget: settings at which an approximate method equals the unpatched model.
+        full_budget_error: relative error of the output there, in fp32. Above 1e-5 only where no setting is exact
+            (8-bit weights are 8-bit weights).
         budget: the setting that dials the density, all else equal; density rises or falls with it. Benchmarks search
             along it, the break-even table is keyed by it. None: no single setting does.
         dtypes: accepted by its kernels; calls in others run dense and are counted.
@@ -82,6 +84,7 @@ class Facts:
     causal: bool = False
     exact: bool = False
     full_budget: dict[str, Any] = field(default_factory=dict)
+    full_budget_error: float = 1e-5
     budget: str | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     max_head_dim: int = 256

@@ -41,8 +41,8 @@ class Solution:
         codes: uint8 ``[m, n]``.
         grid: scale and zero ``[m, groups]``.
         g_idx: int32 ``[n]``: the group of every column.
-        loss: ``1/2 tr((W - Q) H (W - Q)^T)`` with the damped ``H``, as the sum of what each column cost; of a matrix
-            that was rounded to nearest the same without damping; NaN where there was no Gram matrix.
+        loss: ``[m]``: of every row ``1/2 (w - q) H (w - q)^T`` with the damped ``H``, as the sum of what each column
+            cost; where rows were rounded to nearest the same without damping; NaN where there was no Gram matrix.
         rounding: ``"gptq"``, or ``"nearest"`` if ``H`` could not be factorised.
         damping: share of the mean diagonal that was added, 0 for ``"nearest"``.
         retries: how often the damping was raised.
@@ -52,7 +52,7 @@ class Solution:
     codes: torch.Tensor
     grid: Grid
     g_idx: torch.Tensor
-    loss: float
+    loss: torch.Tensor
     rounding: str
     damping: float = 0.0
     retries: int = 0
@@ -130,7 +130,7 @@ def gptq_solve(
     codes = torch.empty(n, m, dtype=torch.uint8, device=weight.device)
     scale, zero = grid.scale.t(), None if grid.zero is None else grid.zero.t()
     groups = g_idx[order].tolist()
-    loss = weight.new_zeros(())
+    loss = weight.new_zeros(m)
     for start, stop in _blocks(n, block_size, None if static else group_size):
         if not static and start % group_size == 0:
             found = fit_grid(left[start : start + group_size].t(), row, **fit)
@@ -144,11 +144,11 @@ def gptq_solve(
             torch.div(block[at] - values_of(codes[i], s, z, scheme.format), pivots[i], out=errors[at])
             block[at + 1 :].addr_(factor[i, i + 1 : stop], errors[at], alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-        loss += errors.square().sum() / 2
+        loss += errors.square().sum(0) / 2
     unordered = torch.empty_like(codes)
     unordered[order] = codes
     codes = unordered.t().contiguous()
-    return Solution(codes, grid, g_idx, float(loss), "gptq", used, retries, int(dead.sum()))
+    return Solution(codes, grid, g_idx, loss, "gptq", used, retries, int(dead.sum()))
 
 
 def round_to_nearest(
@@ -166,7 +166,7 @@ def round_to_nearest(
     grid = fit_grid(weight, scheme, search, shrink=shrink, scale_dtype=scale_dtype)
     codes = encode(weight, grid, scheme)
     g_idx = group_index(weight.shape[1], scheme.block(weight.shape)[1], weight.device)
-    loss = float("nan")
+    loss = grid.scale.new_full((len(weight),), float("nan"))
     if gram is not None:
         loss = output_error(weight - values_by_group(codes, grid, g_idx, scheme), gram) / 2
     return Solution(codes, grid, g_idx, loss, "nearest", retries=retries, dead=dead)
@@ -194,10 +194,11 @@ def values_by_group(codes: torch.Tensor, grid: Grid, g_idx: torch.Tensor, scheme
     return values_of(codes, grid.scale[:, at], zero, scheme.format)
 
 
-def output_error(difference: torch.Tensor, gram: torch.Tensor) -> float:
-    """``tr(D G D^T)`` of ``difference`` ``[m, n]``: what it does to the output on the inputs behind ``gram``."""
+def output_error(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """``d G d^T`` ``[m]`` of the rows of ``difference`` ``[m, n]``: what they do to the outputs on the inputs behind
+    ``gram``."""
     difference = difference.to(gram.dtype)
-    return float((difference @ gram).mul_(difference).sum())
+    return (difference @ gram).mul_(difference).sum(1)
 
 
 def _factorised(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor | None, float, int]:

@@ -1,0 +1,496 @@
+"""``gptq``: linear weights in 2, 3, 4 or 8 bits, each rounding made up for by the weights that are still free.
+
+Paper: "GPTQ: Accurate Post-training Compression for Generative Pretrained Transformers", arXiv 2210.17323.
+
+The network is gone through block by block. Calibration samples run through the block, the second moments ``H`` of each
+linear's inputs are gathered, its columns are rounded one after the other, each with the error spread over those to come
+so that ``|(W - Q) X|`` stays small (:mod:`hf_accel.quant.gptq_solver`), and the next block sees what the rounded one
+puts out. Rows do not see each other, so linears with one input (query, key, value; gate, up) are one matrix here.
+
+Around it, as the base models of QWHA (arXiv 2509.17428) have it: MagR (arXiv 2406.00800) makes the largest weights
+smaller beforehand, sweeps of coordinate descent (arXiv 2403.07134) look at every rounding again afterwards. With
+``rounding="nearest"`` each weight is rounded for itself and nothing is calibrated: the baseline.
+
+Decisions where the paper and released code differ or are silent (those of the solver are told there):
+
+* Defaults are the code's but for groups of 128, which it leaves off. Grids are fixed beforehand under ``act_order``
+  (``static_groups=None``), because else the groups' columns lie scattered and every kernel pays for it.
+* ``H`` averages over tokens, where the code averages over sequences; sequences of one length give the same.
+* The code calibrates on windows of 2,048 tokens of all texts in one; so does ``windows="joined"``. Text encoders see a
+  prompt at a time, and so are calibrated (``windows="separate"``).
+* The stages of ``true_sequential`` are found by the order of execution: linears with one input are a stage. The code
+  has a list of names for each model.
+* Linears that no sample reached, and those whose ``H`` could not be factorised, are rounded to nearest, counted and
+  named. The code raises for the latter.
+* Sizes that the packed layout has no place for (no multiple of 32) stay in full precision and are named.
+* INFERRED: coordinate descent aims at the weight that GPTQ rounded, after MagR.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from hf_accel.config import Config, setting
+from hf_accel.errors import InvalidSetting, NothingPatched
+from hf_accel.hosts.block_store import BlockStore, describe_run
+from hf_accel.hosts.block_stream import BlockStream, Gathered, Unit
+from hf_accel.hosts.calibration import calibration_from
+from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.denoisers import HOSTS, HOSTS_OF
+from hf_accel.hosts.linears import LinearSite, replace, survey, why_irreplaceable
+from hf_accel.hosts.quantized_checkpoint import declare
+from hf_accel.hosts.target import Model, kind
+from hf_accel.kernels.quantized_linear import backend_for
+from hf_accel.ledger import Ledger
+from hf_accel.method import Facts, Method
+from hf_accel.quant import coordinate_descent
+from hf_accel.quant.formats import format_of
+from hf_accel.quant.gptq_solver import Solution, gptq_solve, output_error, round_to_nearest
+from hf_accel.quant.grid import Scheme, ShrinkSearch
+from hf_accel.quant.magr import shrink_groups
+from hf_accel.quant.packed_linear import PackedLinear, why_not_packable
+from hf_accel.quant.packing import PACKED_BITS
+from hf_accel.quant.quality import relative_error
+from hf_accel.registry import register
+from hf_accel.report import MethodReport, Patched, Skipped
+
+
+@dataclass(frozen=True)
+class GPTQConfig(Config):
+    """Settings of :class:`GPTQ`; names of the released code where it has them."""
+
+    METHOD = "gptq"
+
+    bits: int = setting(4, "of a weight", choices=PACKED_BITS)
+    group_size: int = setting(128, "neighbouring inputs that share a grid; -1 is the whole row", ge=-1)
+    sym: bool = setting(False, "grids with zero in the middle")
+    rounding: str = setting("gptq", "gptq, or each weight for itself without calibration", choices=("gptq", "nearest"))
+    act_order: bool = setting(False, "the most active inputs first")
+    static_groups: bool | None = setting(None, "all grids fixed beforehand; None: with act_order, and not without")
+    true_sequential: bool = setting(False, "linears of a block see those before them rounded already")
+    damping: float = setting(0.01, "added to the diagonal of H, as a share of its mean", ge=0)
+    block_size: int = setting(128, "columns between updates of the rest; speed only", ge=1)
+    search: bool = setting(False, "look for smaller ranges with less error")
+    shrink: float = setting(1.0, "factor of every range", gt=0, le=1)
+    magr: bool = setting(False, "make the largest weights of each group smaller first")
+    magr_alpha: float | None = setting(None, "strength of MagR; None: 1e-5 for groups, 1e-3 for rows", ge=0)
+    coordinate_descent: int = setting(0, "sweeps after GPTQ; published: 30 at 2 bits, 1 at 3 and 4", ge=0)
+    samples: int = setting(128, "calibration sequences (forwards) at most", ge=1)
+    sequence_length: int | None = setting(None, "tokens of one at most; None: 2048, or what the model takes", ge=2)
+    windows: str = setting("auto", "texts joined or each for itself", choices=("auto", "joined", "separate"))
+    seed: int = setting(0, "of the draw of calibration sequences", ge=0)
+    targets: str | tuple[str, ...] | None = setting(None, "roles or names of linears; None: all inside of blocks")
+    exclude: str | tuple[str, ...] = setting((), "roles or names to leave out")
+    original: str = setting(
+        "keep",
+        "what becomes of the full weights: keep, offload to the CPU, or drop, after which nothing can be undone",
+        choices=("keep", "offload", "drop"),
+    )
+    gram_dtype: str = setting("float32", "of the sums of H", choices=("float32", "float64"))
+    progress: bool = setting(True, "a bar, block by block")
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude"):
+            if isinstance(getattr(self, name), list):  # as JSON and YAML have it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
+        if self.group_size == 0:
+            raise InvalidSetting(self.METHOD, "group_size", 0, "positive, or -1 for the whole row")
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme.grouped(format_of(self.bits), self.group_size, symmetric=self.sym)
+
+    @property
+    def fixed_grids(self) -> bool:
+        return self.act_order if self.static_groups is None else self.static_groups
+
+
+# -- what happened -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LayerRecord:
+    """One linear.
+
+    Attributes:
+        loss: of GPTQ, see :attr:`~hf_accel.quant.gptq_solver.Solution.loss`; NaN without calibration.
+        output_error: ``|(W - Q) X| / |W X|`` over the calibration tokens; NaN without.
+        weight_error: ``|W - Q| / |W|``.
+        tokens: that it was calibrated on.
+        retries: how often damping was raised.
+        why_nearest: why it was rounded to nearest though GPTQ was asked for, or empty.
+    """
+
+    name: str
+    role: str
+    bits: int
+    loss: float = math.nan
+    output_error: float = math.nan
+    weight_error: float = math.nan
+    tokens: int = 0
+    damping: float = 0.0
+    retries: int = 0
+    dead: int = 0
+    why_nearest: str = ""
+
+    def __str__(self) -> str:
+        words = f"{self.name}: {self.bits} bits, weight error {self.weight_error:.4f}"
+        if self.tokens:
+            words += f", output error {self.output_error:.4f}, loss {self.loss:.4g}, {self.tokens} tokens"
+        for note in (
+            f"damping {self.damping:g} after {self.retries} retries" if self.retries and self.damping else "",
+            f"{self.dead} dead inputs" if self.dead else "",
+            f"to nearest: {self.why_nearest}" if self.why_nearest else "",
+        ):
+            words += f", {note}" if note else ""
+        return words
+
+
+@dataclass
+class QuantizationStatistics:
+    """What was quantised, and how well."""
+
+    layers: list[LayerRecord] = field(default_factory=list)
+    weights: int = 0  # how many numbers
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+    kernel: tuple[str, str] | None = None
+
+    def count(self, site: LinearSite, packed: PackedLinear) -> None:
+        stored = (packed.qweight, packed.qzeros, packed.scales, packed.g_idx)
+        self.weights += site.in_features * site.out_features
+        self.dense_bytes += site.in_features * site.out_features * packed.scales.element_size()
+        self.packed_bytes += sum(tensor.numel() * tensor.element_size() for tensor in stored)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "bits_per_weight": self.bits_per_weight,
+            "dense_bytes": self.dense_bytes,
+            "packed_bytes": self.packed_bytes,
+            "kernels": {"quantized_linear": dict(zip(("backend", "reason"), self.kernel, strict=True))}
+            if self.kernel
+            else {},
+        }
+
+    @property
+    def bits_per_weight(self) -> float:
+        """With scales, zeros and group indices."""
+        return 8 * self.packed_bytes / self.weights if self.weights else math.nan
+
+    def lines(self, method: str) -> list[str]:
+        """For the printed report."""
+        lines = [
+            f"  weights   {self.weights} in {self.bits_per_weight:.2f} bits each, all told; {self.packed_bytes} bytes, "
+            f"{self.dense_bytes} before"
+        ]
+        fallen = Counter(layer.why_nearest for layer in self.layers if layer.why_nearest)
+        lines += [f"  nearest   {n} x {why}" for why, n in fallen.most_common()]
+        if self.kernel is not None:
+            lines.append(f"  kernel    quantized_linear: {self.kernel[0]} ({self.kernel[1]})")
+        return lines + [f"  layer     {layer}" for layer in self.layers]
+
+
+# -- the method ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class OffloadedWeights:
+    """Full weights that lie on the CPU while packed ones stand in their place."""
+
+    devices: list[tuple[torch.Tensor, torch.device]]
+
+    def blocked(self) -> str | None:
+        return None
+
+    def undo(self) -> None:
+        for tensor, device in self.devices:
+            tensor.data = tensor.data.to(device)
+
+
+@dataclass
+class DroppedWeights:
+    """Full weights that are gone."""
+
+    count: int
+
+    def blocked(self) -> str | None:
+        return (
+            f"the full weights of {self.count} linears were dropped when they were quantised (original='drop'): load "
+            "the model again"
+        )
+
+    def undo(self) -> None:
+        """Never comes to it."""
+
+
+@register
+class GPTQ(Method):
+    """Packed linears in the place of dense ones; see the module's docstring."""
+
+    name = "gptq"
+    paper = "GPTQ: Accurate Post-training Compression for Generative Pretrained Transformers, arXiv 2210.17323"
+    summary = "linear weights in 2, 3, 4 or 8 bits by calibration, packed; MagR and coordinate descent beside it"
+    facts = Facts(
+        site="linear",
+        media=frozenset(HOSTS_OF),
+        hosts=HOSTS,
+        backward=True,
+        full_budget={"bits": 8, "group_size": 32, "rounding": "nearest"},
+        full_budget_error=0.02,
+    )
+    Config = GPTQConfig
+    config: GPTQConfig
+    inputs = ("calibration", "tokenizer", "device", "resume_dir")
+
+    def __init__(self, config: GPTQConfig):
+        super().__init__(config)
+        self.run = QuantizationStatistics()
+
+    @classmethod
+    def why_not(cls, model: Model) -> str | None:
+        what = kind(model.module)
+        if what == "autoencoder":
+            return "an autoencoder, whose weights are convolutions"
+        sites, skipped = survey(model.module)
+        if any(_why_not_packed(site) is None for site in sites):
+            return None
+        reasons = Counter([_why_not_packed(site) for site in sites] + list(skipped.values()))
+        told = "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
+        return f"a {what} without linears that could be quantised{f' ({told})' if told else ''}"
+
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> QuantizationStatistics:
+        config = self.config
+        sites = self._sites(model, report)
+        if config.rounding == "nearest":
+            for site in sites:
+                self._pack([site], None, "", ledger)
+        else:
+            self._calibrated(model, sites, ledger, report)
+        places = {site.name: i for i, site in enumerate(sites)}
+        self.run.layers.sort(key=lambda layer: places[layer.name])
+        report.patched += [Patched(model.name, site.name, f"{config.bits}-bit {site.role} linear") for site in sites]
+        report.run = self.run
+        scattered = config.act_order and not config.fixed_grids and config.group_size != -1
+        declare(
+            model.module, ledger, desc_act=scattered, sym=config.sym, damp_percent=config.damping,
+            true_sequential=config.true_sequential,
+        )  # fmt: skip
+        self._let_go_of_originals(sites, ledger)
+        return self.run
+
+    # -- which linears -------------------------------------------------------------------------------------------
+
+    def _sites(self, model: Model, report: MethodReport) -> list[LinearSite]:
+        """The linears to quantise; those that cannot be go into the report."""
+        found, skipped = survey(model.module, self.config.targets, self.config.exclude)
+        reasons = dict(skipped)
+        sites = []
+        for site in found:
+            reason = _why_not_packed(site)
+            if reason is None:
+                sites.append(site)
+            else:
+                reasons[site.name] = reason
+        report.skipped += [Skipped(model.name, name, reason) for name, reason in reasons.items()]
+        if not sites:
+            told = "; ".join(f"{n} x {reason}" for reason, n in Counter(reasons.values()).items()) or "there are none"
+            raise NothingPatched(f"gptq looked for linears in {model.class_name} and can quantise none: {told}.")
+        self._check_group_size(sites)
+        return sites
+
+    def _check_group_size(self, sites: Sequence[LinearSite]) -> None:
+        group = self.config.group_size
+        unfit = [site for site in sites if group != -1 and site.in_features % group]
+        if unfit:
+            common = math.gcd(*(site.in_features for site in sites))
+            fitting = [size for size in (128, 64, 32) if common % size == 0]
+            raise InvalidSetting(
+                self.name, "group_size", group,
+                f"a divisor of every layer's inputs: {unfit[0].name} has {unfit[0].in_features}"
+                f"{f', and {len(unfit) - 1} more do not fit' if unfit[1:] else ''}. {', '.join(map(str, fitting))} and "
+                "-1 (whole rows) fit all, or leave these layers out (exclude=)",
+            )  # fmt: skip
+
+    # -- calibration ---------------------------------------------------------------------------------------------
+
+    def _calibrated(self, model: Model, sites: list[LinearSite], ledger: Ledger, report: MethodReport) -> None:
+        config, given = self.config, self.given
+        if given.get("calibration") is None:
+            raise InvalidSetting(
+                self.name, "calibration", None, "texts (with tokenizer=), token ids, forwards or a function that runs "
+                "the model; or say rounding='nearest', which needs none",
+            )  # fmt: skip
+        found = calibration_from(
+            given["calibration"], model.module, given.get("tokenizer"), owner=self.name, samples=config.samples,
+            sequence_length=config.sequence_length, windows=config.windows, seed=config.seed,
+        )  # fmt: skip
+        report.notes += [f"calibration: {note}" for note in found.notes]
+        store = None
+        if given.get("resume_dir") is not None:
+            settings = {k: v for k, v in asdict(config).items() if k not in ("progress", "original", "block_size")}
+            run = describe_run(settings, model.module, sites, found.samples)
+            store = BlockStore(given["resume_dir"], run, self.name)
+        stream = BlockStream(
+            model.module, found.samples, sites, device=given.get("device"), true_sequential=config.true_sequential,
+            gram_dtype=getattr(torch, config.gram_dtype), progress=config.progress, title=self.name,
+        )  # fmt: skip
+        resumed = 0
+        with stream:
+            for unit in stream:
+                stored = store.read(unit.name) if store is not None else None
+                if stored is not None:
+                    self._restore(unit, *stored, ledger)
+                    resumed += 1
+                    continue
+                packed: dict[str, PackedLinear] = {}
+                for stage in unit.stages():
+                    for gathered in stage:
+                        packed |= self._quantise(gathered, ledger)
+                if store is not None:
+                    self._store(store, unit, packed)
+        if resumed:
+            report.notes.append(f"{resumed} blocks read from {given['resume_dir']}")
+        fallen = [layer.name for layer in self.run.layers if layer.why_nearest]
+        if fallen:
+            warnings.warn(
+                f"hf_accel: gptq rounded {len(fallen)} of {len(self.run.layers)} linears to nearest: "
+                f"{', '.join(fallen[:3])}{', ...' if fallen[3:] else ''}. The report says why.",
+                stacklevel=2,
+            )
+
+    def _quantise(self, gathered: Gathered, ledger: Ledger) -> dict[str, PackedLinear]:
+        """Linears with one input, as one matrix; those of another dtype apart, because scales are stored in it."""
+        by_dtype: dict[torch.dtype, list[LinearSite]] = {}
+        for site in gathered.sites:
+            by_dtype.setdefault(site.weight.dtype, []).append(site)
+        out: dict[str, PackedLinear] = {}
+        for sites in by_dtype.values():
+            out |= self._pack(
+                sites, gathered, "" if gathered.gram.tokens else "no calibration token reached it", ledger
+            )
+        return out
+
+    def _pack(
+        self, sites: Sequence[LinearSite], gathered: Gathered | None, why_nearest: str, ledger: Ledger
+    ) -> dict[str, PackedLinear]:
+        """Round linears of one dtype and one input, put packed ones in their places, and record how that went."""
+        config, scheme = self.config, self.config.scheme
+        gram = gathered.gram.matrix() if gathered is not None and gathered.gram.tokens else None
+        device = sites[0].weight.device if gram is None else gram.device
+        full = torch.cat([site.weight for site in sites]).to(device, torch.float32)
+        solution = self._solve(full, gram, sites)
+        if gram is not None and solution.rounding == "nearest":
+            why_nearest = f"H was not positive definite, at {10**solution.retries} times the damping either"
+        rounded = solution.weight(scheme)
+        lost, whole = None, None
+        if gram is not None:
+            lost, whole = output_error(full - rounded, gram), output_error(full, gram)
+        out: dict[str, PackedLinear] = {}
+        start = 0
+        for site in sites:
+            rows = slice(start, start + site.out_features)
+            start = rows.stop
+            grid, zero = solution.grid, solution.grid.zero
+            packed = PackedLinear.from_codes(
+                solution.codes[rows], grid.scale[rows], grid.scale[rows] * 0 if zero is None else zero[rows],
+                solution.g_idx, config.bits, config.group_size, _on(site.bias, device), site.weight.dtype,
+            )  # fmt: skip
+            record = LayerRecord(
+                site.name, site.role, config.bits, float(solution.loss[rows].sum()),
+                weight_error=relative_error(full[rows], rounded[rows]), damping=solution.damping,
+                retries=solution.retries, dead=solution.dead, why_nearest=why_nearest,
+            )  # fmt: skip
+            if lost is not None and whole is not None and gathered is not None:
+                record.tokens = gathered.gram.tokens
+                record.output_error = math.sqrt(max(float(lost[rows].sum() / whole[rows].sum()), 0.0))
+            self._put(site, packed, record, ledger)
+            out[site.name] = packed
+        return out
+
+    def _solve(self, weight: torch.Tensor, gram: torch.Tensor | None, sites: Sequence[LinearSite]) -> Solution:
+        """MagR, GPTQ, coordinate descent."""
+        config, scheme = self.config, self.config.scheme
+        search = ShrinkSearch() if config.search else None
+        scale_dtype = sites[0].weight.dtype
+        if gram is None:
+            return round_to_nearest(weight, scheme, search=search, shrink=config.shrink, scale_dtype=scale_dtype)
+        if config.magr:
+            alpha = config.magr_alpha
+            if alpha is None:
+                alpha = 1e-3 if config.group_size == -1 else 1e-5
+            weight = shrink_groups(weight, gram, config.group_size, alpha)
+        solution = gptq_solve(
+            weight, gram, scheme, act_order=config.act_order, static_groups=config.fixed_grids, damping=config.damping,
+            block_size=config.block_size, search=search, shrink=config.shrink, scale_dtype=scale_dtype,
+            name=sites[0].name,
+        )  # fmt: skip
+        if config.coordinate_descent == 0:
+            return solution
+        codes = coordinate_descent.sweep(
+            weight, solution.codes, solution.grid, gram, config.coordinate_descent, format=scheme.format,
+            g_idx=solution.g_idx, block_size=config.block_size,
+        )  # fmt: skip
+        return dataclasses.replace(solution, codes=codes)
+
+    def _put(self, site: LinearSite, packed: PackedLinear, record: LayerRecord, ledger: Ledger) -> None:
+        replace(site, packed, ledger)
+        self.run.count(site, packed)
+        self.run.layers.append(record)
+        if self.run.kernel is None:
+            choice = backend_for(packed.scales)
+            self.run.kernel = choice.backend, choice.reason
+
+    # -- finished blocks -----------------------------------------------------------------------------------------
+
+    def _store(self, store: BlockStore, unit: Unit, packed: dict[str, PackedLinear]) -> None:
+        tensors = {f"{name}.{key}": value for name, p in packed.items() for key, value in p.state_dict().items()}
+        store.write(unit.name, tensors, [asdict(layer) for layer in self.run.layers if layer.name in packed])
+
+    def _restore(self, unit: Unit, tensors: dict[str, torch.Tensor], notes: list[dict], ledger: Ledger) -> None:
+        records = {note["name"]: LayerRecord(**note) for note in notes}
+        for site in unit.sites:
+            packed = PackedLinear.empty(
+                site.in_features, site.out_features, self.config.bits, self.config.group_size, site.bias is not None,
+                site.weight.dtype,
+            )  # fmt: skip
+            packed.load_state_dict({key: tensors[f"{site.name}.{key}"] for key in packed.state_dict()})
+            self._put(site, packed, records[site.name], ledger)
+
+    # -- full weights --------------------------------------------------------------------------------------------
+
+    def _let_go_of_originals(self, sites: Sequence[LinearSite], ledger: Ledger) -> None:
+        """Last of all: until here everything can be undone."""
+        modules = [place.module for site in sites for place in (site, *site.tied)]
+        if self.config.original == "offload":
+            tensors = {id(tensor): tensor for module in modules for tensor in module.parameters()}
+            ledger.record(OffloadedWeights([(tensor, tensor.device) for tensor in tensors.values()]))
+            for tensor in tensors.values():
+                tensor.data = tensor.data.to("cpu")
+        elif self.config.original == "drop":
+            ledger.record(DroppedWeights(len(modules)))
+            for module in modules:
+                module.weight = None  # type: ignore[assignment]
+
+
+def _why_not_packed(site: LinearSite) -> str | None:
+    """Why a linear stays as it is, in words."""
+    if site.kind == "packed":
+        return "packed already: quantise the full model, not what was quantised"
+    return why_irreplaceable(site) or why_not_packable(site.in_features, site.out_features)
+
+
+def _on(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+__all__ = ["GPTQ", "GPTQConfig", "LayerRecord", "QuantizationStatistics"]
