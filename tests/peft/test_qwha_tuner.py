@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -80,12 +81,10 @@ def test_places_come_from_the_file_not_from_a_seed(tmp_path):
     model = wrap("llama")
     for layer in layers_of(model):
         columns = layer.qwha_columns["default"]
-        columns.copy_(columns.flip(0).view(-1))  # other places than any seed has
-        order = torch.tensor([], dtype=torch.int64)
         bounds = layer.qwha_indptr["default"].tolist()
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in itertools.pairwise(bounds):
             order = torch.arange(stop - start, dtype=torch.int16)
-            columns[start:stop] = order * 2 + 1
+            columns[start:stop] = order * 2 + 1  # other places than any seed has
     expected = run(model, "llama")
     model.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -378,7 +377,7 @@ def test_budgets_above_the_size_are_refused_and_say_what_fits():
 
 
 def test_strict_refuses_a_length_without_transform():
-    with pytest.raises(InvalidSetting, match="76 inputs.*blocks of 4"):
+    with pytest.raises(InvalidSetting, match=r"76 inputs.*blocks of 4"):
         get_peft_model(build("bert"), config("bert", strict=True))
     model = get_peft_model(build("bert"), config("bert"))
     assert {layer.block for layer in layers_of(model)} == {32, 4}
