@@ -39,9 +39,34 @@ _MAGIC: tl.constexpr = tl.constexpr(0x4B000000)  # the exponent of 2^23, under w
 
 
 @triton.jit
-def in_place(word, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """``2^23 + code * 2^SHIFT`` in fp32 of the code at bit ``SHIFT`` of ``word``, which a mantissa holds."""
-    return ((word & (((1 << BITS) - 1) << SHIFT)) | _MAGIC).to(tl.float32, bitcast=True)
+def add_code(part, x, first, second, third, zero, CODE: tl.constexpr, BITS: tl.constexpr):
+    """``part + x * (code - zero)`` for code ``CODE`` of units whose words are ``first`` and, at 3 bits, two more."""
+    WORD: tl.constexpr = CODE * BITS // 32
+    SHIFT: tl.constexpr = CODE * BITS % 32
+    # Where the code begins once it lies within a mantissa of 23 bits.
+    AT: tl.constexpr = 0 if SHIFT + BITS > 32 else (SHIFT - 16 if SHIFT + BITS > 23 else SHIFT)
+    if WORD == 0:
+        word = first
+    elif WORD == 1:
+        word = second
+    else:
+        word = third
+    if SHIFT + BITS > 32:
+        KEPT: tl.constexpr = 32 - SHIFT
+        word = ((word >> SHIFT) & ((1 << KEPT) - 1)) | ((second if WORD == 0 else third) << KEPT)
+    elif SHIFT + BITS > 23:
+        word = word >> 16
+    value = ((word & (((1 << BITS) - 1) << AT)) | _MAGIC).to(tl.float32, bitcast=True)
+    value -= ((zero << AT) | _MAGIC).to(tl.float32, bitcast=True)
+    return part + x * (1.0 / (1 << AT)) * value
+
+
+@triton.jit
+def grids_at(Scales, Zeros, Groups, j, column, inside, stride_m, stride_zeros, BITS: tl.constexpr):
+    """Scales fp32 and zeros int32 ``[K, N]`` of inputs ``[K, 1]`` whose groups are looked up."""
+    group = tl.load(Groups + j + tl.zeros_like(column), mask=inside, other=0).to(tl.int64)
+    scale = tl.load(Scales + group * stride_m + column, mask=inside, other=0.0).to(tl.float32)
+    return scale, code_at(Zeros + group * stride_zeros, column, 1, inside, BITS)
 
 
 @triton.jit(do_not_specialize=["share"])
@@ -86,30 +111,15 @@ def vector_kernel(
             zero = code_at(Zeros + group * stride_zeros, column, 1, inside, BITS)
         part = tl.zeros([UNITS, BLOCK_N], dtype=tl.float32)
         for code in tl.static_range(CODES):
-            WORD: tl.constexpr = code * BITS // 32
-            SHIFT: tl.constexpr = code * BITS % 32
-            word = first if WORD == 0 else (second if WORD == 1 else third)
-            if SHIFT + BITS > 32:
-                KEPT: tl.constexpr = 32 - SHIFT
-                following = second if WORD == 0 else third
-                word = ((word >> SHIFT) & ((1 << KEPT) - 1)) | (following << KEPT)
-                AT: tl.constexpr = 0
-            elif SHIFT + BITS > 23:
-                word = word >> 16
-                AT: tl.constexpr = SHIFT - 16
-            else:
-                AT: tl.constexpr = SHIFT
-            value = in_place(word, AT, BITS)
             j = unit * CODES + code
-            x = tl.load(X + j, mask=there, other=0.0).to(tl.float32) * (1.0 / (1 << AT))
+            x = tl.load(X + j, mask=there, other=0.0).to(tl.float32)[:, None]
             if GROUP > 0:
-                value -= ((zero << AT) | _MAGIC).to(tl.float32, bitcast=True)[None, :]
+                part = add_code(part, x, first, second, third, zero[None, :], code, BITS)
             else:
-                group = tl.load(Groups + j, mask=there, other=0).to(tl.int64)[:, None]
-                zero_there = code_at(Zeros + group * stride_zeros, column[None, :], 1, both, BITS)
-                value -= ((zero_there << AT) | _MAGIC).to(tl.float32, bitcast=True)
-                value *= tl.load(Scales + group * stride_m + column[None, :], mask=both, other=0.0).to(tl.float32)
-            part += x[:, None] * value
+                scale, zero = grids_at(
+                    Scales, Zeros, Groups, j[:, None], column[None, :], both, stride_m, stride_zeros, BITS
+                )
+                part = add_code(part, x * scale, first, second, third, zero, code, BITS)
         if GROUP > 0:
             sums += part * scale[None, :]
         else:
@@ -121,24 +131,22 @@ def vector_kernel(
 def codes_tile(Words, start, column, end, stride_m, BITS: tl.constexpr, CODES: tl.constexpr, UNITS: tl.constexpr):
     """int32 ``[UNITS * CODES, N]`` of the units from ``start`` on; 0 from unit ``end`` on and outside of the matrix."""
     inside = (column < stride_m)[None, :]
+    unit = start + tl.arange(0, UNITS)
+    inside = inside & (unit < end)[:, None]
+    Place = Words + (unit * (CODES * BITS // 32)).to(tl.int64)[:, None] * stride_m + column[None, :]
+    first = tl.load(Place, mask=inside, other=0)[:, None, :]
+    bit = (tl.arange(0, CODES) * BITS)[None, :, None]
     if BITS == 3:
-        j = start * CODES + tl.arange(0, UNITS * CODES)
-        return code_at(Words + column[None, :], j[:, None], stride_m, inside & (j < end * CODES)[:, None], BITS)
+        second = tl.load(Place + stride_m, mask=inside, other=0)[:, None, :]
+        third = tl.load(Place + 2 * stride_m, mask=inside, other=0)[:, None, :]
+        shift = bit % 32
+        word = tl.where(bit < 32, first, tl.where(bit < 64, second, third)).to(tl.uint32, bitcast=True)
+        following = tl.where(bit < 32, second, third).to(tl.uint32, bitcast=True)
+        spilled = tl.where(shift > 29, following << ((32 - shift) % 32).to(tl.uint32), 0)
+        codes = (((word >> shift.to(tl.uint32)) | spilled) & 7).to(tl.int32)
     else:
-        unit = start + tl.arange(0, UNITS)
-        place = unit.to(tl.int64)[:, None] * stride_m + column[None, :]
-        words = tl.load(Words + place, mask=inside & (unit < end)[:, None], other=0)
-        shift = tl.arange(0, CODES) * BITS
-        codes = (words[:, None, :] >> shift[None, :, None]) & ((1 << BITS) - 1)
-        return tl.reshape(codes, [UNITS * CODES, column.shape[0]])
-
-
-@triton.jit
-def grids_at(Scales, Zeros, Groups, j, column, inside, stride_m, stride_zeros, BITS: tl.constexpr):
-    """Scales fp32 and zeros int32 ``[K, N]`` of inputs ``[K, 1]`` whose groups are looked up."""
-    group = tl.load(Groups + j, mask=inside, other=0).to(tl.int64)
-    scale = tl.load(Scales + group * stride_m + column, mask=inside, other=0.0).to(tl.float32)
-    return scale, code_at(Zeros + group * stride_zeros, column, 1, inside, BITS)
+        codes = (first >> bit) & ((1 << BITS) - 1)
+    return tl.reshape(codes, [UNITS * CODES, column.shape[0]])
 
 
 @triton.jit(do_not_specialize=["share", "tokens"])
