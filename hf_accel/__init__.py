@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from hf_accel.hosts.quantized_loading import load_quantized, register_quantizers, unregister_quantizers
     from hf_accel.measure.calibrate import calibrate
     from hf_accel.measure.compare import compare
+    from hf_accel.patches.qwha import initialize_qwha
+    from hf_accel.peft import QWHAConfig
     from hf_accel.registry import register
     from hf_accel.train.finetuner import Finetuner
     from hf_accel.trained import load_trained, save_trained
@@ -30,13 +32,14 @@ _LAZY = {
     "generate_blocks": "generation.blocks",
     "load_quantized": "hosts.quantized_loading", "register_quantizers": "hosts.quantized_loading",
     "unregister_quantizers": "hosts.quantized_loading",
+    "QWHAConfig": "peft", "initialize_qwha": "patches.qwha",
     "Finetuner": "train.finetuner", "load_trained": "trained", "save_trained": "trained",
 }  # fmt: skip
 
 __all__ = [
-    "Applied", "Finetuner", "__version__", "apply", "calibrate", "compare", "explain", "generate_blocks",
-    "load_quantized", "load_trained", "methods", "register", "register_quantizers", "revert", "save_trained",
-    "unregister_quantizers",
+    "Applied", "Finetuner", "QWHAConfig", "__version__", "apply", "calibrate", "compare", "explain", "generate_blocks",
+    "initialize_qwha", "load_quantized", "load_trained", "methods", "register", "register_quantizers", "revert",
+    "save_trained", "unregister_quantizers",
 ]  # fmt: skip
 
 

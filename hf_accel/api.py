@@ -459,9 +459,9 @@ def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = Non
 def _undo(installed: list[tuple[Model, Installation]]) -> None:
     """Undo in reverse order, all or nothing."""
     reasons = []
-    for model, installation in installed:
+    for place, (model, installation) in enumerate(installed):
         try:
-            installation.ledger.check()
+            installation.ledger.check([later.ledger for _, later in installed[place + 1 :]])
         except RevertRefused as refused:
             reasons.append(f"{installation.method.name} on {model.name}: {refused}")
     if reasons:

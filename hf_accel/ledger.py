@@ -6,7 +6,7 @@ ledger that speaks of the copy, and the copy can be reverted on its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,6 +63,12 @@ class AttributeChange:
 
     def is_of(self, target: Any, name: str) -> bool:
         return self.target is target and self.name == name
+
+    def restores(self, earlier: Change) -> bool:
+        """Whether undoing this change brings back what ``earlier`` had set."""
+        if not isinstance(earlier, AttributeChange) or not self.is_of(earlier.target, earlier.name):
+            return False
+        return self.old is earlier.new
 
     def blocked(self) -> str | None:
         current = own_attribute(self.target, self.name)
@@ -163,9 +169,17 @@ class Ledger:
         """Keep a registration in another library until undo."""
         self.changes.append(LeaseChange(lease))
 
-    def check(self) -> None:
-        """Raise :class:`RevertRefused` if undo would destroy somebody else's later change."""
-        reasons = [reason for change in self.changes if (reason := change.blocked())]
+    def check(self, first: Sequence[Ledger] = ()) -> None:
+        """Raise :class:`RevertRefused` if undo would destroy somebody else's later change.
+
+        ``first`` are ledgers that are undone before this one: what they changed on top is no hindrance.
+        """
+        on_top = [change for ledger in first for change in ledger.changes if isinstance(change, AttributeChange)]
+        reasons = [
+            reason
+            for change in self.changes
+            if (reason := change.blocked()) and not any(other.restores(change) for other in on_top)
+        ]
         if reasons:
             raise RevertRefused(
                 f"Cannot undo: {'; '.join(reasons)}. Undo that later change first (or set the attribute back), "
