@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -245,7 +246,7 @@ class SLA(AttentionMethod):
 def zero_projection(name: str, attention: torch.nn.Module) -> torch.nn.Linear:
     """``Linear(D, D)`` of zeros in fp32, on the attention's device and in its mode."""
     size = head_dim(name, attention)
-    anchor = next(attention.parameters())
+    anchor = next(chain(attention.parameters(), attention.buffers()))  # packed linears have buffers only
     projection = torch.nn.Linear(size, size, device="cpu" if anchor.is_meta else anchor.device, dtype=torch.float32)
     torch.nn.init.zeros_(projection.weight)
     torch.nn.init.zeros_(projection.bias)
