@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 from hf_accel.config import Config, setting
-from hf_accel.errors import InvalidSetting, NothingPatched
+from hf_accel.errors import InvalidSetting, NothingPatched, QuantizationError
 from hf_accel.hosts.block_store import BlockStore, describe_run
 from hf_accel.hosts.block_stream import BlockStream, Gathered, Unit
 from hf_accel.hosts.calibration import calibration_from
@@ -76,7 +76,7 @@ class GPTQConfig(Config):
     act_order: bool = setting(False, "the most active inputs first")
     static_groups: bool | None = setting(None, "all grids fixed beforehand; None: with act_order, and not without")
     true_sequential: bool = setting(False, "linears of a block see those before them rounded already")
-    damping: float = setting(0.01, "added to the diagonal of H, as a share of its mean", ge=0)
+    damping: float = setting(0.01, "added to the diagonal of H, as a share of its mean", gt=0, le=0.9)
     block_size: int = setting(128, "columns between updates of the rest; speed only", ge=1)
     search: bool = setting(False, "look for smaller ranges with less error")
     shrink: float = setting(1.0, "factor of every range", gt=0, le=1)
@@ -270,6 +270,11 @@ class GPTQ(Method):
 
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> QuantizationStatistics:
         config = self.config
+        if config.rounding == "gptq" and self.given.get("calibration") is None:
+            raise InvalidSetting(
+                self.name, "calibration", None, "texts (with tokenizer=), token ids, forwards or a function that runs "
+                "the model; or say rounding='nearest', which needs none",
+            )  # fmt: skip
         sites = self._sites(model, report)
         if config.rounding == "nearest":
             for site in sites:
@@ -306,6 +311,13 @@ class GPTQ(Method):
             told = "; ".join(f"{n} x {reason}" for reason, n in Counter(reasons.values()).items()) or "there are none"
             raise NothingPatched(f"gptq looked for linears in {model.class_name} and can quantise none: {told}.")
         self._check_group_size(sites)
+        for site in sites:
+            bad = int((~torch.isfinite(site.weight)).sum())
+            if bad:  # told here, because every layer after it would see NaN
+                raise QuantizationError(
+                    f"gptq: {bad} weights of {site.name} are NaN or infinite. Load the model again, in bfloat16 or "
+                    "float32 if it is in float16."
+                )
         return sites
 
     def _check_group_size(self, sites: Sequence[LinearSite]) -> None:
@@ -325,11 +337,6 @@ class GPTQ(Method):
 
     def _calibrated(self, model: Model, sites: list[LinearSite], ledger: Ledger, report: MethodReport) -> None:
         config, given = self.config, self.given
-        if given.get("calibration") is None:
-            raise InvalidSetting(
-                self.name, "calibration", None, "texts (with tokenizer=), token ids, forwards or a function that runs "
-                "the model; or say rounding='nearest', which needs none",
-            )  # fmt: skip
         found = calibration_from(
             given["calibration"], model.module, given.get("tokenizer"), owner=self.name, samples=config.samples,
             sequence_length=config.sequence_length, windows=config.windows, seed=config.seed,
