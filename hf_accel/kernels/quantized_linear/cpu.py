@@ -24,6 +24,8 @@ def quantized_linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None)
     m = packed.qweight.shape[1]
     x = x.to(compute)
     out = x.new_zeros(tokens, m)
+    if not tokens:
+        return out
     unit = UNIT_CODES[packed.bits]
     size = packed.group_size
     if size is None or size % unit:

@@ -22,10 +22,11 @@ def dequantize_packed(
     bits: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """``scale * (code - zero)`` ``[m, n]``, in fp32 until it is rounded to ``dtype``."""
+    """``scale * (code - zero)`` ``[m, n]``, in fp32 (fp64 for fp64) until it is rounded to ``dtype``."""
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
     group = g_idx.long()
     zeros = unpack(qzeros.T.contiguous(), bits).T
-    weight = scales.float()[group] * (unpack(qweight, bits) - zeros[group]).float()
+    weight = scales.to(precise)[group] * (unpack(qweight, bits) - zeros[group]).to(precise)
     return weight.T.to(dtype).contiguous()
 
 
@@ -40,6 +41,5 @@ def quantized_linear(
 ) -> torch.Tensor:
     """``x W^T + bias`` in fp32 (fp64 if x is), W not rounded."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = dequantize_packed(qweight, scales, qzeros, g_idx, bits)
-    out = x.to(dtype) @ weight.to(dtype).T
+    out = x.to(dtype) @ dequantize_packed(qweight, scales, qzeros, g_idx, bits, dtype).T
     return out if bias is None else out + bias.to(dtype)

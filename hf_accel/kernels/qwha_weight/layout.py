@@ -42,8 +42,8 @@ def check_coefficients(
     if indptr[0] != 0 or indptr[-1] != len(values) or (indptr.diff() < 0).any():
         raise UnsupportedByKernel(f"{op}: indptr must rise from 0 to the {len(values)} values.")
     if len(columns):
-        found = unsigned_columns(columns)
-        if found.min() < 0 or found.max() >= n:
-            raise UnsupportedByKernel(
-                f"{op}: columns must lie in 0..{n - 1}; got {int(found.min())}..{int(found.max())}."
-            )
+        # Of int16 as it is where its sign cannot be a bit of the number: converting a million costs more than a product.
+        found = unsigned_columns(columns) if columns.dtype == torch.int16 and n > 1 << 15 else columns
+        low, high = map(int, found.aminmax())
+        if low < 0 or high >= n:
+            raise UnsupportedByKernel(f"{op}: columns must lie in 0..{n - 1}; got {low}..{high}.")
