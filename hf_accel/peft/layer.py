@@ -65,6 +65,12 @@ class QWHALinear(nn.Module, BaseTunerLayer):
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's. peft tells packed words where there are some, and T5 casts activations to this dtype."""
+        base: Any = self.get_base_layer()
+        return base.weight if hasattr(base, "weight") else base.qweight
+
     def update_layer(self, adapter_name: str, config: QWHAConfig) -> None:
         """Add an adapter, or put a new one in its place."""
         m, n = self.out_features, self.in_features

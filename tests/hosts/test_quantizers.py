@@ -299,6 +299,21 @@ def test_a_pipeline_of_packed_models_is_saved_and_loaded(tmp_path):
     same_state(pipe.transformer, alone)
 
 
+@pytest.mark.parametrize("family", ["t5", "umt5"])
+def test_adapters_on_packed_layers_whose_dtype_the_block_asks_for(family):
+    from peft import inject_adapter_in_model
+
+    import hf_accel.peft
+
+    model, _ = packed_model(family)
+    before = tiny_hosts.output(model, family)
+    inject_adapter_in_model(hf_accel.peft.QWHAConfig(target_modules=["wo"], r=4), model)
+    layer = model.encoder.block[0].layer[1].DenseReluDense.wo
+    assert isinstance(layer.get_base_layer(), PackedLinear)
+    assert layer.weight.dtype == torch.float32
+    assert torch.allclose(tiny_hosts.output(model, family), before, atol=1e-5)  # a new adapter adds nothing
+
+
 # What a process sees that cannot read the layout: an error, with and without our package imported.
 STRANGER = """
 import sys
