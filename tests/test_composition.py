@@ -23,8 +23,9 @@ from hf_accel.hosts.seam import active_context
 from hf_accel.hosts.target import Model
 from hf_accel.method import AttentionMethod, apart, conflict, takes
 
-# Methods that change weights are put beside the others in test_linear_matrix.
-METHODS = {name: cls for name, cls in registry.methods().items() if cls.facts.site != "linear"}
+# Methods that change weights are put beside the others in test_linear_matrix, adapters, which stand on those, in
+# test_qwha_start.
+METHODS = {name: cls for name, cls in registry.methods().items() if cls.facts.site not in ("linear", "adapter")}
 # Methods for block-diffusion models run in other loops: pairs of two such are walked in test_block_matrix.
 BLOCKWISE = [name for name, cls in METHODS.items() if cls.facts.hosts == {"block diffusion"}]
 PAIRS = [pair for pair in itertools.combinations(sorted(METHODS), 2) if not set(pair) <= set(BLOCKWISE)]

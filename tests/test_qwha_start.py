@@ -270,6 +270,28 @@ def test_a_failure_leaves_the_model_as_it_was(quantised):
     assert torch.equal(run(model, "llama"), ours)
 
 
+@pytest.mark.parametrize("order", [("qwha", "radial"), ("radial", "qwha")], ids="-".join)
+@torch.no_grad()
+def test_beside_a_method_of_another_site(order):
+    full = tiny.build("wan")
+    packed = copy.deepcopy(full)
+    adapted.pack(packed, group_size=4)
+    rounded = run(packed, "wan")
+    forwards = [tiny.TINY["wan"].inputs(full, timestep=t, seed=3) for t in (900.0, 100.0)]
+    options = {
+        "qwha": {"r": 2, "calibration": forwards, "reference": full, "progress": False},
+        "radial": {"dense_steps": 1.0},
+    }
+    alone = hf_accel.apply(packed, "qwha", **options["qwha"])
+    expected = run(packed, "wan")
+    alone.revert()
+    applied = [hf_accel.apply(packed, name, **options[name]) for name in order]
+    assert torch.allclose(run(packed, "wan"), expected, atol=1e-5)
+    applied[0].revert()
+    applied[1].revert()
+    assert torch.equal(run(packed, "wan"), rounded)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
