@@ -313,6 +313,8 @@ def put_packed(model: torch.nn.Module, name: str, parts: Mapping[str, Header], s
     )
     if "bias" in parts:
         packed.bias = torch.empty(sizes[0], dtype=parts["bias"].dtype, device="meta")
+    if "g_idx" not in parts:  # out of the state dict while loading: nothing misses it
+        packed.register_buffer("g_idx", _neighbours(packed, "cpu"), persistent=False)
     for leaf, part in parts.items():
         if getattr(packed, leaf).shape != part.shape:
             raise QuantizationError(
@@ -357,9 +359,8 @@ def finish(layers: Mapping[str, PackedLinear], had_groups: Mapping[str, bool], c
     for name, layer in layers.items():
         if any(buffer.is_meta for buffer in layer.buffers()) or not bool(layer.scales.isfinite().all()):
             raise QuantizationError(f"{name}: its scales are not finite or were not loaded; the checkpoint is damaged.")
-        if not had_groups[name]:
-            size = layer.group_size if layer.group_size > 0 else layer.in_features
-            layer.g_idx = torch.arange(layer.in_features, dtype=torch.int32, device=layer.scales.device) // size
+        if not had_groups[name]:  # transformers fills what it does not load with whatever is there
+            layer.register_buffer("g_idx", _neighbours(layer, layer.scales.device))
         if checkpoint_format == "gptq":
             layer.qzeros = from_v1(layer.qzeros, layer.bits)
 
@@ -385,6 +386,12 @@ def dense_linear(packed: PackedLinear, dtype: torch.dtype | None = None) -> torc
     if packed.bias is not None:
         linear.bias = torch.nn.Parameter(packed.bias.to(weight.dtype), requires_grad=False)
     return linear.train(packed.training)
+
+
+def _neighbours(layer: PackedLinear, device: torch.device | str) -> torch.Tensor:
+    """``g_idx`` of groups that are neighbours."""
+    size = layer.group_size if layer.group_size > 0 else layer.in_features
+    return torch.arange(layer.in_features, dtype=torch.int32, device=device) // size
 
 
 def _packed(module: torch.nn.Module) -> PackedLinear:

@@ -84,9 +84,6 @@ class PackedQuantizer(DiffusersQuantizer):
         self._layers = {name: put_packed(model, name, parts, self.settings) for name, parts in self._parts.items()}
         check_complete(model, self._keys, {})
 
-    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-        return [key for key in missing_keys if not (key.endswith(".g_idx") and key.rpartition(".")[0] in self._layers)]
-
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         # What comes next is rounded to the model's dtype, scales too: they are kept as they are in the file.
         self._stored.update({key: tensor for key, tensor in state_dict.items() if self._is_packed(key)})
@@ -105,9 +102,6 @@ class PackedQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         had_groups = {name: "g_idx" in parts for name, parts in self._parts.items()}
-        for name, layer in self._layers.items():
-            if not had_groups[name]:  # still on the meta device; finish() makes them
-                layer.g_idx = torch.empty_like(layer.g_idx, device=layer.scales.device)
         finish(self._layers, had_groups, self.settings.checkpoint_format)
         self._layers, self._parts, self._keys, self._stored = {}, {}, [], {}
         return model

@@ -57,6 +57,15 @@ def same_state(first, second):
     for name in a:
         assert a[name].dtype == b[name].dtype
         assert torch.equal(a[name], b[name]), name
+    assert shared(a) == shared(b)
+
+
+def shared(state):
+    """Names by storage."""
+    groups = {}
+    for name, tensor in state.items():
+        groups.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    return sorted(names for names in groups.values() if len(names) > 1)
 
 
 def config_of(folder):
@@ -146,12 +155,25 @@ def test_a_checkpoint_written_by_hand_is_read(bits, layout, tmp_path):
     told = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": False, "sym": True}
     config["quantization_config"] = told | {"checkpoint_format": layout}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = hf_accel.load_quantized(tmp_path)
+    loaded, info = hf_accel.load_quantized(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     for name, weight in expected.items():
         layer = loaded.get_submodule(name)
         assert torch.equal(layer.dequantize_weight(torch.float64), weight)
         model.get_submodule(name).weight.data.copy_(weight)
     assert torch.allclose(tiny_hosts.output(loaded, "llama"), tiny_hosts.output(model, "llama"), atol=1e-5)
+
+
+def test_groups_that_are_neighbours_need_not_be_in_the_file(tmp_path):
+    model, _ = packed_model("wan", group_size=32)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if not k.endswith("g_idx")}, file, metadata={"format": "pt"})
+    for settings in ({}, {"device_map": {"": "cpu"}}):
+        loaded, info = hf_accel.load_quantized(tmp_path, output_loading_info=True, **settings)
+        assert not info["missing_keys"]
+        same_state(model, loaded)
 
 
 def test_what_we_write_is_read_by_hand(tmp_path):
