@@ -138,7 +138,7 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
     plan: list[tuple[Model, Wanted]] = []
     refusals: list[str] = []
     for name, per_model in wanted.items():
-        fits, reasons = _fitting(found, per_model)
+        fits, reasons = _fitting(found, per_model, wanted.keys())
         if not fits:
             refusals.append(f"{name}: " + "; ".join(reasons))
         plan += fits
@@ -336,16 +336,20 @@ def _recommended(target: Target) -> dict[str, PerModel]:
     return out
 
 
-def _fitting(target: Target, per_model: PerModel) -> tuple[list[tuple[Model, Wanted]], list[str]]:
+def _fitting(
+    target: Target, per_model: PerModel, asked: Iterable[str]
+) -> tuple[list[tuple[Model, Wanted]], list[str]]:
     fits, reasons = [], []
     for model in target.models:
         wanted = per_model.get(model.name)
         if wanted is None:
             continue
         # A method that stands there already does not stand in its own way: it will be replaced.
+        cls = registry.get(wanted.method)
         standing = any(i.method.name == wanted.method for i in _marks(model.module))
-        reason = None if standing else registry.get(wanted.method).why_not(model)
-        if reason is None or _taken_by_other(model, registry.get(wanted.method)):
+        reason = None if standing else cls.why_not(model)
+        # What it stands on comes in the same request: asked again when that is there, see _put.
+        if reason is None or _taken_by_other(model, cls) or cls.stands_on.intersection(asked):
             fits.append((model, wanted))
         else:
             reasons.append(f"{model.name}: {reason}")
@@ -446,6 +450,8 @@ def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = Non
     settings = config.to_dict()["settings"]
     report = MethodReport(method.name, settings, model.name, model.class_name, wanted.origin)
     installation = Installation(method, Ledger(), report)
+    if method.stands_on and former is None and (reason := method.why_not(model)) is not None:
+        raise NotApplicable(f"{method.name} on {model.name} ({model.class_name}): {reason}.")
     try:
         installation.handle = method.install(model, installation.ledger, report, clock)
     except BaseException:

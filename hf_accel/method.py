@@ -189,6 +189,8 @@ class Method(ABC):
         trained_with: settings to which trained parameters are bound; weights trained with others are refused.
         inputs: what it takes beside settings, by keyword of ``apply``: data or objects, which no preset can hold
             (calibration texts, a tokenizer). In :meth:`install` those handed over are in ``self.given``.
+        stands_on: methods without which it does not apply. In one request with one of them it is asked again when that
+            one stands.
     """
 
     name: ClassVar[str]
@@ -198,6 +200,7 @@ class Method(ABC):
     Config: ClassVar[type[Settings]]
     trained_with: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[tuple[str, ...]] = ()
+    stands_on: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Settings):
         self.config = config

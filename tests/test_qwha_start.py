@@ -374,3 +374,20 @@ def test_conflicts_with_nothing_of_ours():
 
     methods = registry.methods()
     assert not [name for name, other in methods.items() if conflict(methods["qwha"], other) is not None]
+
+
+def test_in_one_request_with_gptq(pair):
+    """What it stands on is put there first; the two are undone together, and a failure undoes both."""
+    full, _ = pair
+    before, text = run(full, "llama"), {"calibration": TEXT["calibration"]}
+    quiet = {"gptq": {"bits": 2, "group_size": 32, "progress": False}, "qwha": {"r": 6, "progress": False}}
+    rounded = copy.deepcopy(full)
+    hf_accel.apply(rounded, {"gptq": quiet["gptq"]}, **text)
+    applied = hf_accel.apply(full, dict(reversed(quiet.items())), **text)
+    assert [name for _, name in hf_accel.api.applied_methods(full)] == ["gptq", "qwha"]
+    assert distance(run(full, "llama"), before) < distance(run(rounded, "llama"), before)
+    applied.revert()
+    assert torch.equal(run(full, "llama"), before)
+    with pytest.raises(InvalidSetting, match="calibration"):
+        hf_accel.apply(full, {**quiet, "gptq": {**quiet["gptq"], "rounding": "nearest"}})
+    assert torch.equal(run(full, "llama"), before)

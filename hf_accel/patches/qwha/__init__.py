@@ -109,6 +109,7 @@ class QWHA(Method):
     Config = QWHAConfig
     config: QWHAConfig
     inputs = ("calibration", "tokenizer", "reference")
+    stands_on = frozenset({"gptq"})
 
     def __init__(self, config: QWHAConfig):
         super().__init__(config)
