@@ -21,7 +21,7 @@ __all__ = ["MOST_FUSED_TOKENS", "Packed", "backend_for", "check_packed", "dequan
 
 LIMITS = TritonLimits()
 DTYPES = (*LIMITS.dtypes, torch.float64)
-MOST_FUSED_TOKENS = {"triton": 64, "torch": 16}
+MOST_FUSED_TOKENS = {"triton": 64, "torch": 128}
 
 
 def backend_for(x: torch.Tensor, backend: str = "auto") -> Choice:

@@ -32,7 +32,7 @@ def quantized_linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None)
         for start, stop in _stretches(n, m, unit, x.is_cuda):
             out.addmm_(x[:, start:stop], dequantize_inputs(packed, start, stop, compute))
     else:
-        zeros = unpack(packed.qzeros.T.contiguous(), packed.bits).T.to(compute)
+        zeros = unpack(packed.qzeros.T, packed.bits).T.to(compute).contiguous()
         scales = packed.scales.to(compute)
         for start, stop in _stretches(n, m, size, x.is_cuda):
             groups = slice(start // size, -(-stop // size))
@@ -58,25 +58,33 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     m, n = packed.qweight.shape[1], packed.in_features
     out = packed.scales.new_empty(m, n, dtype=dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    for start, stop in _stretches(n, m, UNIT_CODES[packed.bits], out.is_cuda):
-        out[:, start:stop] = dequantize_inputs(packed, start, stop, compute).T
+    step = max(32, (_ELEMENTS_GPU if out.is_cuda else _ELEMENTS) // n // 32 * 32)
+    for start in range(0, m, step):
+        stop = min(start + step, m)
+        out[start:stop] = dequantize_rows(packed, start, stop, compute).to(dtype)
     return out
 
 
 def dequantize_rows(packed: Packed, start: int, stop: int, compute: torch.dtype) -> torch.Tensor:
-    """Weights ``[stop - start, n]`` of the outputs from ``start`` on."""
+    """Weights ``[stop - start, n]`` of the outputs from ``start`` on, a multiple of 32; outputs lie side by side, which
+    torch copies into rows by blocks."""
+    bits, size = packed.bits, packed.group_size
     columns = slice(start, stop)
-    zeros = unpack(packed.qzeros.T.contiguous(), packed.bits).T[:, columns]
+    zeros = unpack(packed.qzeros[:, start * bits // 32 : stop * bits // 32].T, bits).T.contiguous()
+    scales = packed.scales[:, columns].to(compute)
+    codes = unpack(packed.qweight[:, columns], bits)
+    if size is not None and packed.in_features % size == 0:
+        codes = codes.view(-1, size, stop - start).sub_(zeros[:, None])
+        return codes.to(compute).mul_(scales[:, None]).view(-1, stop - start).T
     group = packed.g_idx.long()
-    weight = (unpack(packed.qweight[:, columns], packed.bits) - zeros[group]).to(compute)
-    return weight.mul_(packed.scales[:, columns].to(compute)[group]).T
+    return codes.sub_(zeros[group]).to(compute).mul_(scales[group]).T
 
 
 def dequantize_inputs(packed: Packed, start: int, stop: int, compute: torch.dtype) -> torch.Tensor:
     """Weights ``[stop - start, m]`` of the inputs from ``start`` on, which begin and end with a unit."""
     group = packed.g_idx[start:stop].long()
     used, group = group.unique(return_inverse=True)
-    zeros = unpack(packed.qzeros[used].T.contiguous(), packed.bits).T
+    zeros = unpack(packed.qzeros[used].T, packed.bits).T.contiguous()
     codes = unpack(packed.qweight[_words(packed.bits, start, stop)], packed.bits)
     return (codes - zeros[group]).to(compute).mul_(packed.scales[used].to(compute)[group])
 
@@ -88,15 +96,14 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
         shift = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
         return (words[:, None] >> shift[:, None]).bitwise_and_(mask).reshape(-1, words.shape[1])
     words = words.reshape(-1, 3, words.shape[1])
-    out = words.new_empty(len(words), 32, words.shape[2])
-    for code in range(32):
-        word, shift = divmod(3 * code, 32)
-        out[:, code] = words[:, word] >> shift
-        if shift > 29:
-            kept = 32 - shift
-            out[:, code] &= (1 << kept) - 1
-            out[:, code] |= words[:, word + 1] << kept
-    return out.bitwise_and_(mask).view(-1, words.shape[2])
+    bit = torch.arange(0, 96, 3, dtype=torch.int32, device=words.device)
+    shift = bit % 32
+    out = words.index_select(1, bit // 32).bitwise_right_shift_(shift[:, None])
+    # Codes 10 and 21 begin with the last 2 bits and the last bit of a word.
+    out.bitwise_and_(((1 << (32 - shift).clamp(max=3)) - 1)[:, None])
+    out[:, 10] |= (words[:, 1] & 1) << 2
+    out[:, 21] |= (words[:, 2] & 3) << 1
+    return out.view(-1, words.shape[2])
 
 
 def _words(bits: int, start: int, stop: int) -> slice:

@@ -42,7 +42,7 @@ def check_coefficients(
     if indptr[0] != 0 or indptr[-1] != len(values) or (indptr.diff() < 0).any():
         raise UnsupportedByKernel(f"{op}: indptr must rise from 0 to the {len(values)} values.")
     if len(columns):
-        # Of int16 as it is where its sign cannot be a bit of the number: converting a million costs more than a product.
+        # int16 as it is where its sign cannot be a bit of the number: converting a million costs more than a product.
         found = unsigned_columns(columns) if columns.dtype == torch.int16 and n > 1 << 15 else columns
         low, high = map(int, found.aminmax())
         if low < 0 or high >= n:
