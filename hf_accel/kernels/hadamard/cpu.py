@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from hf_accel.kernels.hadamard.orders import factor, order_matrix, sylvester
+from hf_accel.kernels.hadamard.orders import order_matrix, require_factor, sylvester
 
 # So many elements are transformed at a time, so that every axis after the first finds them in the cache.
 _ELEMENTS = 1 << 17
@@ -21,33 +21,44 @@ def transform(x: torch.Tensor, transposed: bool, scale: float, block: int) -> to
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows, flat = x.reshape(-1, block), out.view(-1, block)
     elements = _ELEMENTS_GPU if x.is_cuda else _ELEMENTS
-    step = max(1, elements // block)
-    for start in range(0, len(rows), step):
-        flat[start : start + step] = transform_rows(rows[start : start + step], transposed, scale)
+    step = min(len(rows), max(1, elements // block))
+    buffers = scratch(step, block, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+    for start in range(0, len(rows), max(1, step)):
+        part = rows[start : start + step]
+        flat[start : start + step] = transform_rows(part, transposed, scale, buffers[:, : len(part)])
     return out
 
 
-def transform_rows(rows: torch.Tensor, transposed: bool, scale: float) -> torch.Tensor:
-    """``scale * H v`` or ``scale * H^T v`` of all rows ``[R, n]`` at once, n a length with a transform; in fp32, or
-    fp64 if given fp64."""
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    count, n = rows.shape
-    parts = factor(n)
-    if parts is None or not count:
-        return rows.to(dtype)
-    order, length = parts
-    y = rows.to(dtype)
-    inner = 1
+def scratch(count: int, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What :func:`transform_rows` works in. Made once for many stretches: memory handed back to the system after each
+    would be mapped and cleared page by page for the next, which can take longer than the transform."""
+    return torch.empty(2, count, n, dtype=dtype, device=device)
+
+
+def transform_rows(rows: torch.Tensor, transposed: bool, scale: float, buffers: torch.Tensor) -> torch.Tensor:
+    """``scale * H v`` or ``scale * H^T v`` of all rows ``[R, n]`` at once, n a length with a transform; in the dtype of
+    ``buffers`` ``[2, R, n]``, one of which is returned. The first may be ``rows`` themselves."""
+    order, length = require_factor("hadamard", rows.shape[1])
+    axes = [(1, size, inner) for size, inner in _strides(length)] + [(order, order, length)] * (order > 1)
+    first, second = buffers
+    y = rows if rows.dtype == first.dtype and rows.is_contiguous() else first.copy_(rows)
+    if not axes:
+        return first.copy_(y).mul_(scale)
+    for kind, size, inner in axes:
+        matrix = _constant(kind, size, first.dtype, rows.device)
+        _along(y, matrix.T if transposed else matrix, size, inner, scale, second)
+        y, first, second = second, second, first
+        scale = 1.0
+    return y
+
+
+def _strides(length: int) -> list[tuple[int, int]]:
+    """Size and stride of every axis of a length."""
+    found, inner = [], 1
     for size in factors(length):
-        matrix = _constant(1, size, dtype, rows.device)
-        y = _along(y, matrix, size, inner, scale)
+        found.append((size, inner))
         inner *= size
-        scale = 1.0
-    if order > 1:
-        matrix = _constant(order, 1, dtype, rows.device)
-        y = _along(y, matrix.T if transposed else matrix, order, inner, scale)
-        scale = 1.0
-    return (y if scale == 1 else y * scale).view(count, n)
+    return found
 
 
 def factors(length: int) -> list[int]:
@@ -58,13 +69,14 @@ def factors(length: int) -> list[int]:
     return [1 << ((m + i) // count) for i in range(count)]
 
 
-def _along(y: torch.Tensor, matrix: torch.Tensor, size: int, inner: int, scale: float) -> torch.Tensor:
-    """``scale * matrix`` applied to the axis of ``size`` elements that lie ``inner`` apart."""
+def _along(y: torch.Tensor, matrix: torch.Tensor, size: int, inner: int, scale: float, out: torch.Tensor) -> None:
+    """``scale * matrix`` applied to the axis of ``size`` elements that lie ``inner`` apart, into ``out``."""
+    none = y.new_empty(1)
     if inner == 1:
-        y = y.reshape(-1, size)
-        return torch.addmm(y.new_empty(1), y, matrix.T, beta=0, alpha=scale)
-    y = y.reshape(-1, size, inner)
-    return torch.baddbmm(y.new_empty(1), matrix.expand(len(y), size, size), y, beta=0, alpha=scale)
+        torch.addmm(none, y.view(-1, size), matrix.T, beta=0, alpha=scale, out=out.view(-1, size))
+        return
+    y = y.view(-1, size, inner)
+    torch.baddbmm(none, matrix.expand(len(y), size, size), y, beta=0, alpha=scale, out=out.view(-1, size, inner))
 
 
 @lru_cache(maxsize=64)

@@ -34,17 +34,23 @@ def quantized_linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None)
     else:
         zeros = unpack(packed.qzeros.T, packed.bits).T.to(compute).contiguous()
         scales = packed.scales.to(compute)
-        for start, stop in _stretches(n, m, size, x.is_cuda):
+        stretches = _stretches(n, m, size, x.is_cuda)
+        # Made once: memory handed back after every stretch would be mapped and cleared page by page for the next.
+        integers = packed.qweight.new_empty(stretches[0][1], m)
+        numbers = x.new_empty(stretches[0][1], m)
+        for start, stop in stretches:
             groups = slice(start // size, -(-stop // size))
-            codes = unpack(packed.qweight[_words(packed.bits, start, stop)], packed.bits).to(compute)
-            part, inside = x[:, start:stop], (stop - start) // size * size
+            length = stop - start
+            words = packed.qweight[_words(packed.bits, start, stop)]
+            codes = numbers[:length].copy_(unpack(words, packed.bits, integers[:length]))
+            part, inside = x[:, start:stop], length // size * size
             if inside:
                 whole = slice(groups.start, groups.start + inside // size)
                 split = part[:, :inside].view(tokens, -1, size).transpose(0, 1)
                 sums = torch.bmm(split, codes[:inside].view(-1, size, m))
                 sums.sub_(split.sum(-1, keepdim=True) * zeros[whole, None])
                 out += (sums * scales[whole, None]).sum(0)
-            if inside < stop - start:
+            if inside < length:
                 rest = part[:, inside:]
                 sums = rest @ codes[inside:] - rest.sum(-1, keepdim=True) * zeros[groups.stop - 1]
                 out.addcmul_(sums, scales[groups.stop - 1])
@@ -89,21 +95,24 @@ def dequantize_inputs(packed: Packed, start: int, stop: int, compute: torch.dtyp
     return (codes - zeros[group]).to(compute).mul_(packed.scales[used].to(compute)[group])
 
 
-def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 ``[w, m]`` -> codes int32 ``[w * 32 / bits, m]``. See the reference."""
-    mask = (1 << bits) - 1
+def unpack(words: torch.Tensor, bits: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """int32 ``[w, m]`` -> codes int32 ``[w * 32 / bits, m]``, into ``out`` if given. See the reference."""
+    count, m = words.shape
+    if out is None:
+        out = words.new_empty(count * 32 // bits, m)
     if bits != 3:
         shift = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-        return (words[:, None] >> shift[:, None]).bitwise_and_(mask).reshape(-1, words.shape[1])
-    words = words.reshape(-1, 3, words.shape[1])
+        torch.bitwise_right_shift(words[:, None], shift[:, None], out=out.view(count, -1, m))
+        return out.bitwise_and_((1 << bits) - 1)
+    words, units = words.reshape(-1, 3, m), out.view(-1, 32, m)
     bit = torch.arange(0, 96, 3, dtype=torch.int32, device=words.device)
     shift = bit % 32
-    out = words.index_select(1, bit // 32).bitwise_right_shift_(shift[:, None])
+    torch.index_select(words, 1, bit // 32, out=units).bitwise_right_shift_(shift[:, None])
     # Codes 10 and 21 begin with the last 2 bits and the last bit of a word.
-    out.bitwise_and_(((1 << (32 - shift).clamp(max=3)) - 1)[:, None])
-    out[:, 10] |= (words[:, 1] & 1) << 2
-    out[:, 21] |= (words[:, 2] & 3) << 1
-    return out.view(-1, words.shape[2])
+    units.bitwise_and_(((1 << (32 - shift).clamp(max=3)) - 1)[:, None])
+    units[:, 10] |= (words[:, 1] & 1) << 2
+    units[:, 21] |= (words[:, 2] & 3) << 1
+    return out
 
 
 def _words(bits: int, start: int, stop: int) -> slice:

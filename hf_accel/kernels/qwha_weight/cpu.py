@@ -40,16 +40,18 @@ def qwha_weight(
         rows = max(32, rows // 32 * 32)
     # One wait for the device, none per stretch.
     bounds = [*indptr[::rows].tolist(), len(values)]
+    buffers = hadamard.scratch(min(rows, m) * (n // block), block, precise, values.device)
     for index, start in enumerate(range(0, m, rows)):
         stop = min(start + rows, m)
         own = slice(bounds[index], bounds[index + 1])
-        dense = values.new_zeros((stop - start) * n)
-        dense.index_add_(0, places[own] - start * n, values[own])
-        update = hadamard.transform_rows(dense.view(-1, block), True, scale / block).view(-1, n)
+        stretch = buffers[:, : (stop - start) * (n // block)]
+        dense = stretch[0].zero_()
+        dense.view(-1).index_add_(0, places[own] - start * n, values[own])
+        update = hadamard.transform_rows(dense, True, scale / block, stretch).view(-1, n)
         if base is not None:
-            update = update.add_(base[start:stop])
+            update.add_(base[start:stop])
         elif packed is not None:
-            update = update.add_(quantized.dequantize_rows(packed, start, stop, precise))
+            update.add_(quantized.dequantize_rows(packed, start, stop, precise))
         out[start:stop] = update
     return out
 
@@ -64,10 +66,12 @@ def qwha_gradient(
     places = row_of(indptr, count) * n + unsigned_columns(columns)
     rows = _rows_at_once(n, grad.is_cuda)
     bounds = [*indptr[::rows].tolist(), count]
+    precise = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    buffers = hadamard.scratch(min(rows, m) * (n // block), block, precise, grad.device)
     for index, start in enumerate(range(0, m, rows)):
         own = slice(bounds[index], bounds[index + 1])
         stretch = grad[start : start + rows].reshape(-1, block)
-        spectrum = hadamard.transform_rows(stretch, False, scale / block)
+        spectrum = hadamard.transform_rows(stretch, False, scale / block, buffers[:, : len(stretch)])
         out[own] = spectrum.flatten()[places[own] - start * n].to(dtype)
     return out
 
