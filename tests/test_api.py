@@ -199,7 +199,7 @@ def test_explain_speaks_of_every_method(model):
     assert {v.method for v in verdicts if v.applies} == {
         name
         for name, cls in registry.methods().items()
-        if cls.facts.site == "attention" and "block diffusion" not in cls.facts.hosts
+        if cls.facts.site == "linear" or (cls.facts.site == "attention" and "block diffusion" not in cls.facts.hosts)
     }
     assert "svg2" in str(verdicts)
     other = hf_accel.explain(torch.nn.Linear(1, 1))

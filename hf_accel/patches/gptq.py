@@ -23,7 +23,7 @@ Decisions where the paper and released code differ or are silent (those of the s
 * Linears that no sample reached, and those whose ``H`` could not be factorised, are rounded to nearest, counted and
   named. The code raises for the latter.
 * Sizes that the packed layout has no place for (no multiple of 32) stay in full precision and are named.
-* INFERRED: coordinate descent aims at the weight that GPTQ rounded, after MagR.
+* INFERRED: coordinate descent aims at the full weight, not at what MagR made of it.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class GPTQConfig(Config):
     magr: bool = setting(False, "make the largest weights of each group smaller first")
     magr_alpha: float | None = setting(None, "strength of MagR; None: 1e-5 for groups, 1e-3 for rows", ge=0)
     coordinate_descent: int = setting(0, "sweeps after GPTQ; published: 30 at 2 bits, 1 at 3 and 4", ge=0)
+    descent_inflation: float = setting(0.75, "of H's diagonal in sweeps, as a share of its mean; as published", ge=0)
     samples: int = setting(128, "calibration sequences (forwards) at most", ge=1)
     sequence_length: int | None = setting(None, "tokens of one at most; None: 2048, or what the model takes", ge=2)
     windows: str = setting("auto", "texts joined or each for itself", choices=("auto", "joined", "separate"))
@@ -431,13 +432,14 @@ class GPTQ(Method):
         scale_dtype = sites[0].weight.dtype
         if gram is None:
             return round_to_nearest(weight, scheme, search=search, shrink=config.shrink, scale_dtype=scale_dtype)
+        small = weight
         if config.magr:
             alpha = config.magr_alpha
             if alpha is None:
                 alpha = 1e-3 if config.group_size == -1 else 1e-5
-            weight = shrink_groups(weight, gram, config.group_size, alpha)
+            small = shrink_groups(weight, gram, config.group_size, alpha)
         solution = gptq_solve(
-            weight, gram, scheme, act_order=config.act_order, static_groups=config.fixed_grids, damping=config.damping,
+            small, gram, scheme, act_order=config.act_order, static_groups=config.fixed_grids, damping=config.damping,
             block_size=config.block_size, search=search, shrink=config.shrink, scale_dtype=scale_dtype,
             name=sites[0].name,
         )  # fmt: skip
@@ -445,7 +447,7 @@ class GPTQ(Method):
             return solution
         codes = coordinate_descent.sweep(
             weight, solution.codes, solution.grid, gram, config.coordinate_descent, format=scheme.format,
-            g_idx=solution.g_idx, block_size=config.block_size,
+            g_idx=solution.g_idx, inflation=config.descent_inflation, block_size=config.block_size,
         )  # fmt: skip
         return dataclasses.replace(solution, codes=codes)
 

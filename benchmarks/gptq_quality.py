@@ -1,0 +1,131 @@
+"""Perplexity of mini-llama with weights of 8, 4, 3 and 2 bits, by rounding to nearest and by gptq.
+
+    python benchmarks/gptq_quality.py --json benchmarks/results/gptq_quality.json
+
+Windows of held-out files, calibration on windows of training files, groups of 64, all linears inside of blocks. Every
+row is applied to the same model by ``hf_accel.apply`` and taken off again; after the last one the full-precision
+perplexity is measured once more and must be the same number, or the exit code is 1. ``output error`` is the mean over
+layers of ``|(W - Q) X| / |W X|`` on the calibration tokens. ``seconds`` are those of ``apply``: of this machine as it
+was, not a claim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+from common import save
+
+import hf_accel
+from hf_accel.measure.machine import describe_machine
+from hf_accel.measure.tables import align
+from hf_accel.zoo import llama
+
+NEAREST: dict[str, Any] = {"rounding": "nearest"}
+ORDERED: dict[str, Any] = {"act_order": True}
+SWEPT: dict[str, Any] = {"magr": True, "coordinate_descent": 1}
+AT_TWO_BITS: dict[str, dict[str, Any]] = {
+    "gptq, grids on the way, act order": {"act_order": True, "static_groups": False},
+    "gptq, sequential, act order": {"true_sequential": True, **ORDERED},
+    "gptq, search": {"search": True},
+    "gptq + descent": {"coordinate_descent": 30},
+    "gptq, act order + descent, inflation 0.1": {"coordinate_descent": 30, "descent_inflation": 0.1, **ORDERED},
+    "magr + gptq": {"magr": True},
+    "magr, alpha 1e-4 + gptq": {"magr": True, "magr_alpha": 1e-4},
+    "magr + gptq + descent": {"magr": True, "coordinate_descent": 30},
+    "magr + gptq, act order + descent": {"magr": True, "coordinate_descent": 30, **ORDERED},
+}
+
+
+def rows(bits: int) -> dict[str, dict[str, Any]]:
+    """Name of a row to settings of gptq."""
+    every: dict[str, dict[str, Any]] = {"nearest": NEAREST, "gptq": {}, "gptq, act order": ORDERED}
+    return every | (AT_TWO_BITS if bits == 2 else {"magr + gptq + descent": SWEPT})
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    total = torch.zeros((), dtype=torch.float64)
+    for ids in windows.split(8):
+        logits = model(input_ids=ids[:, :-1]).logits.double()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    return math.exp(float(total) / windows[:, 1:].numel())
+
+
+def measure(model: Any, windows: torch.Tensor, calibration: torch.Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+    given = {} if settings.get("rounding") == "nearest" else {"calibration": calibration}
+    start = time.perf_counter()
+    applied = hf_accel.apply(model, "gptq", group_size=64, progress=False, **settings, **given)
+    seconds = time.perf_counter() - start
+    run: Any = applied.report().entries[0].run
+    errors = [layer.output_error for layer in run.layers]
+    record = {
+        "perplexity": perplexity(model, windows),
+        "bits_per_weight": run.bits_per_weight,
+        "output_error": None if given == {} else sum(errors) / len(errors),
+        "layers": len(run.layers),
+        "rounded_to_nearest": sum(bool(layer.why_nearest) for layer in run.layers),
+        "seconds": round(seconds, 1),
+    }
+    applied.revert()
+    return record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", default="8,4,3,2")
+    parser.add_argument("--windows", type=int, default=64, help="of held-out text")
+    parser.add_argument("--calibration", type=int, default=128, help="windows of training text")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--rows", help="comma-separated parts of names: only these rows")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = llama.load()
+    model.to(device)
+    windows = llama.windows(tokenizer, "heldout", options.windows, options.length).to(device)
+    calibration = llama.windows(tokenizer, "train", options.calibration, options.length)
+    told = {"windows": list(windows.shape), "calibration": list(calibration.shape), "group_size": 64}
+    dense = perplexity(model, windows)
+    records: list[dict[str, Any]] = [{"row": "fp32", "bits": 32, "perplexity": dense, **told}]
+    print(f"fp32: {dense:.4f}", flush=True)
+    for bits in map(int, options.bits.split(",")):
+        for name, settings in rows(bits).items():
+            if options.rows and not any(part in name for part in options.rows.split(",")):
+                continue
+            found = measure(model, windows, calibration, {"bits": bits, **settings})
+            records.append({"row": name, "bits": bits, "settings": settings, **found, **told})
+            print(f"{bits} bits, {name}: {found['perplexity']:.4f} ({found['seconds']} s)", flush=True)
+    save(options.json, describe_machine(device), records)
+    print(table(records))
+    again = perplexity(model, windows)
+    if again != dense:
+        print(f"WRONG: {again} after undoing, {dense} before")
+    return 0 if again == dense else 1
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    lines = []
+    for record in records:
+        error = record.get("output_error")
+        lines.append(
+            [
+                f"{record['bits']} bits, {record['row']}" if record["bits"] < 32 else record["row"],
+                f"{record['perplexity']:.3f}",
+                f"{record['perplexity'] / records[0]['perplexity']:.3f}",
+                "-" if error is None else f"{error:.3f}",
+                f"{record.get('bits_per_weight', 32):.2f}",
+            ]
+        )
+    return align(["weights", "perplexity", "of fp32", "output error", "bits, all told"], lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
