@@ -66,8 +66,8 @@ def quantized_linear(
     """``x W^T + bias`` for a packed W ``[m, n]``, ``W[i, j] = scales[g, i] * (code - zero)`` with ``g = g_idx[j]``.
 
     Up to :data:`MOST_FUSED_TOKENS` tokens the codes are multiplied and sums of a group are scaled in fp32; with more,
-    W is first rounded to the dtype of ``x``. Sums are fp32 (fp64 for fp64), and do not depend on the order in which
-    programs finish.
+    or on a GPU with groups in any order, W is first rounded to the dtype of ``x``. Sums are fp32 (fp64 for fp64), and
+    do not depend on the order in which programs finish.
 
     Args:
         x: ``[..., n]``; fp32, fp16, bf16 or fp64.
