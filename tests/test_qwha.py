@@ -259,23 +259,23 @@ def test_nan_is_refused():
 # -- what it is worth --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("allocation", "selection"), VARIANTS)
-def test_better_than_the_best_low_rank_update_of_equal_size(seed, allocation, selection):
+def test_better_than_the_best_low_rank_update_of_equal_size(allocation, selection):
     """48 x 64 at 2 bits in groups of 16, budget of rank 8, correlated inputs; errors relative to the rounding's."""
-    layer = Layer(48, 64, seed, tokens=512, decay=0.75)
-    count = 8 * (48 + 64)
-    options = {"allocation": allocation, "selection": selection}
-    cut, refined = (layer.correct(count, refine=refine, **options) for refine in (False, True))
-    cut, refined = (layer.output_error(layer.update(found)) for found in (cut, refined))
-    u, s, v = torch.linalg.svd(layer.error @ layer.root.T, full_matrices=False)
-    best = torch.linalg.solve(layer.root, (u[:, :8] * s[:8] @ v[:8]).T).T
-    low_rank = layer.output_error(best)
-    assert refined < low_rank
+    found = []
+    for seed in range(5):
+        layer = Layer(48, 64, seed, tokens=512, decay=0.75)
+        options = {"allocation": allocation, "selection": selection}
+        cut, refined = (
+            layer.output_error(layer.update(layer.correct(8 * (48 + 64), refine=refine, **options)))
+            for refine in (False, True)
+        )
+        u, s, v = torch.linalg.svd(layer.error @ layer.root.T, full_matrices=False)
+        best = torch.linalg.solve(layer.root, (u[:, :8] * s[:8] @ v[:8]).T).T
+        found.append((cut, refined, layer.output_error(best)))
+        assert refined < found[-1][2]
     # The card's example: 0.46 cut, 0.24 refined, 0.39 for the best LoRA.
-    assert cut == pytest.approx(0.46, abs=0.05)
-    assert refined == pytest.approx(0.24, abs=0.04)
-    assert low_rank == pytest.approx(0.39, abs=0.04)
+    assert torch.tensor(found).mean(0).tolist() == pytest.approx([0.46, 0.24, 0.39], abs=0.03)
 
 
 def test_f_has_full_rank_where_low_rank_has_eight():

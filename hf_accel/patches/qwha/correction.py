@@ -73,7 +73,13 @@ class Fit(NamedTuple):
 
 
 def fit(
-    dense: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, *, refine: bool = True, damping: float = 0.0
+    dense: torch.Tensor,
+    gram: torch.Tensor,
+    kept: torch.Tensor,
+    *,
+    product: torch.Tensor | None = None,
+    refine: bool = True,
+    damping: float = 0.0,
 ) -> Fit:
     """Least squares on the kept coefficients of every row: c with the least ``(d - c) G (d - c)^T``.
 
@@ -81,13 +87,14 @@ def fit(
         dense: D, fp64 ``[m, n]``.
         gram: G, fp64 ``[n, n]``.
         kept: bool ``[m, n]``.
+        product: ``D G``, where it is known.
         refine: False: the dense coefficients, cut.
         damping: added to the diagonal of G for the solution, not for the errors.
     """
     counts = kept.sum(1)
     starts = counts.cumsum(0) - counts
     values = dense[kept]
-    product = dense @ gram
+    product = dense @ gram if product is None else product
     errors = (product * dense).sum(1)
     unsolved = 0
     for rows in _batches(counts):
@@ -190,10 +197,11 @@ def sparse_correction(
     if not bool(torch.isfinite(error).all()):
         raise QuantizationError("qwha: the weight or its quantised form holds NaN or infinity.")
     dense = hadamard(error.to(gram), blocks=block)
-    energy = ((dense @ gram) * dense).sum(1).clamp(min=0)
+    product = dense @ gram
+    energy = (product * dense).sum(1).clamp(min=0)
     added = damping * float(gram.diagonal().mean())
     errors = energy.sqrt() if allocation == "paper" else dense.norm(dim=1)
     scores = dense.abs() if selection == "paper" else dense.square() * (gram.diagonal() + added)
     kept = select(scores, allocate(errors, count, dense.shape[1], temperature))
-    found = fit(dense, gram, kept, refine=refine, damping=added)
+    found = fit(dense, gram, kept, product=product, refine=refine, damping=added)
     return Correction(kept, found.values, float(energy.sum()), float(found.errors.sum()), found.unsolved)
