@@ -362,6 +362,22 @@ def mini_sdar_judge(data: dict[str, Any]) -> str:
     )
 
 
+def mini_llama_judge(data: dict[str, Any]) -> str:
+    """Held-out perplexity of mini-llama beside counts and rounded weights, and its answers."""
+    kinds = [("unigram", data["unigram"]), ("bigram", data["bigram"]), ("mini-llama", data["perplexity"])]
+    kinds += [(f"rounded to {bits} bits", value) for bits, value in data["rounded"].items()]
+    words = (
+        f"Perplexity per token on {data['tokens']:,} tokens of held-out files; {data['train_perplexity']:.2f} on files "
+        f"of the training; {data['bits_per_character']:.2f} bits per character. Rounding is to nearest, in groups of "
+        "64, of all linears inside the layers (docs/zoo.md).\n\n"
+    )
+    answers = (
+        f"\n\nExact answers: {100 * data['related']['all']:.1f} % of the expressions that pre-training had a share of, "
+        f"{100 * data['tasks']['all']:.1f} % of the task's, before any tuning."
+    )
+    return words + table(["model", "perplexity"], [[name, f"{value:,.2f}"] for name, value in kinds]) + answers
+
+
 JUDGED = [
     ("rendered", "rendered"),
     ("rendered_through_vae", "rendered, through the VAE and back"),
@@ -500,6 +516,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("deepcache_macs.json", "MACs of deepcache on Stable Diffusion 1.5 and XL", deepcache_macs),
     ("mini_sd_judge.json", "What mini-sd shows of its prompts", mini_sd_judge),
     ("mini_sdar_judge.json", "Answers of mini-sdar", mini_sdar_judge),
+    ("mini_llama_judge.json", "Perplexity of mini-llama", mini_llama_judge),
     ("deepcache_gpu.json", "deepcache on Stable Diffusion 1.5 and XL, on a GPU", deepcache_gpu),
     ("losa_quality.json", "losa and quest on mini-sdar", losa_quality),
     ("rcd_curve.json", "rcd on mini-rcd", rcd_curve),
