@@ -336,9 +336,7 @@ def _recommended(target: Target) -> dict[str, PerModel]:
     return out
 
 
-def _fitting(
-    target: Target, per_model: PerModel, asked: Iterable[str]
-) -> tuple[list[tuple[Model, Wanted]], list[str]]:
+def _fitting(target: Target, per_model: PerModel, asked: Iterable[str]) -> tuple[list[tuple[Model, Wanted]], list[str]]:
     fits, reasons = [], []
     for model in target.models:
         wanted = per_model.get(model.name)
