@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from hf_accel.errors import NotApplicable
 
+_DEEP = 3  # a cache, its layers, what they hold
+
 
 class Passing(Protocol):
     """Decides what happens at a gate."""
@@ -31,6 +33,8 @@ class Gate:
         action: ``"run"`` the block; ``"note"`` its place in the order too; ``"stop"`` after it; ``"keep"`` its output
             and stop; ``"answer"`` what was kept; ``"look"`` at what it gets and stop.
         poison: answer NaN.
+        writes: it changes an object that it is given, such as a cache of keys and values, which others read. Then it
+            cannot answer without running.
         calls: in this forward.
         outputs: by sample: kept, or let go, of which the shapes are left.
     """
@@ -41,6 +45,7 @@ class Gate:
     forward: Any = None
     action: str = "run"
     poison: bool = False
+    writes: bool = False
     calls: int = 0
     outputs: dict[int, Any] = field(default_factory=dict)
 
@@ -151,6 +156,27 @@ def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
 def poisoned_tree(tree: Any) -> bool:
     leaves = pytree.tree_leaves(tree)
     return any(isinstance(x, torch.Tensor) and x.is_floating_point() and bool(x.isnan().any()) for x in leaves)
+
+
+def contents(given: Iterable[Any]) -> list[tuple[torch.Tensor, int]]:
+    """The tensors inside of objects that a block is given (not those given as such), with their versions."""
+    found: list[tuple[torch.Tensor, int]] = []
+    to_see = [(item, 0) for item in given if not isinstance(item, torch.Tensor)]
+    while to_see:
+        item, depth = to_see.pop()
+        if isinstance(item, torch.Tensor):
+            found.append((item, -1 if item.is_inference() else item._version))
+        elif isinstance(item, list | tuple | dict):
+            to_see += [(x, depth) for x in (item.values() if isinstance(item, dict) else item)]
+        elif depth < _DEEP and hasattr(item, "__dict__") and not isinstance(item, type | torch.nn.Module):
+            to_see += [(x, depth + 1) for x in vars(item).values()]
+    return found
+
+
+def differ(before: list[tuple[torch.Tensor, int]], after: list[tuple[torch.Tensor, int]]) -> bool:
+    """Whether two lists of contents are not of the same tensors, unchanged."""
+    same = len(before) == len(after) and all(a is b and n == m for (a, n), (b, m) in zip(before, after, strict=True))
+    return not same
 
 
 @contextmanager

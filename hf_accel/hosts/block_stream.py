@@ -10,8 +10,9 @@ those that read it.
 Linears with one input have one Gram matrix (query, key and value; gate and up). That they have is seen when they run:
 it is the same tensor, unchanged, in every sample.
 
-Cost: the code between blocks runs twice per block and sample. Where a block runs more than once per forward (ALBERT),
-or there are none, the whole network is one block and all inputs come from the model as it was.
+Cost: the code between blocks runs twice per block and sample. Blocks that write to a cache which others read (the
+encoder of DiffusionGemma) run anew whenever a later one is asked for. Where a block runs more than once per forward
+(ALBERT), or there are none, the whole network is one block and all inputs come from the model as it was.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ from typing import Any
 import torch
 
 from hf_accel.errors import InvalidSetting
-from hf_accel.hosts.block_gates import Gate, Mover, Reached, evaluating, gated, poisoned_tree
+from hf_accel.hosts.block_gates import (
+    Gate,
+    Mover,
+    Reached,
+    contents,
+    differ,
+    evaluating,
+    gated,
+    poisoned_tree,
+)
 from hf_accel.hosts.blocks import block_list
 from hf_accel.hosts.calibration import Sample, kept_tokens, masks_of
 from hf_accel.hosts.linears import LinearSite
@@ -140,14 +150,17 @@ class BlockStream:
     def passed(self, gate: Gate, args: tuple, kwargs: dict) -> Any:
         """A block was called."""
         gate.calls += 1
-        if gate.action == "answer":
+        if gate.action == "answer" and not gate.writes:
             return gate.answer(self._sample, self.device)
         if gate.action == "look":
             self._poisoned |= poisoned_tree((args, kwargs))
             raise Reached
+        given = (*args, *kwargs.values())
+        before = contents(given) if gate.action == "note" else []
         with self._mover.inside(gate.block):
             out = gate.forward(*args, **kwargs)
         if gate.action == "note":
+            gate.writes |= differ(before, contents(given))
             gate.note(self._sample, out)
             if gate not in self._order:
                 self._order.append(gate)
@@ -191,6 +204,8 @@ class BlockStream:
     def _readers(self, units: list[Unit]) -> list[int]:
         """By block, the last unit that reads its output: at least the next, if there is one."""
         count = len(units) - (not units[-1].reachable)
+        if any(gate.writes for gate in self._order):  # they run again and again, and read what they read
+            return [count - 1] * len(self._order)
         last = [min(i + 1, count - 1) for i in range(len(self._order))]
         for reader in range(2, count):
             earlier = range(reader - 1)

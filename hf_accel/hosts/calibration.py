@@ -100,7 +100,7 @@ def calibration_from(
         given = _rows_of(given) if "input_ids" in given else [given]
     first, items = _peek(given, owner)
     if isinstance(first, Mapping) and not _is_text_row(first) and not set(first) <= _TOKEN_KEYS:
-        return _forwards(items, samples, owner)
+        return _forwards(items, module, samples, owner)
     length = _sequence_length(module, sequence_length, owner)
     reader = _Reader(module, tokenizer, owner, samples, length, seed)
     if isinstance(first, str) or _is_text_row(first):
@@ -114,7 +114,7 @@ def record_forwards(run: Callable[[], Any], module: torch.nn.Module, owner: str)
     found: list[Sample] = []
 
     def note(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        found.append(Sample(*pytree.tree_map(_kept, (args, kwargs))))
+        found.append(Sample(*pytree.tree_map(_kept, (args, _uncached(kwargs, module)))))
 
     handle = module.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -279,15 +279,21 @@ class _Reader:
         return Calibration(samples, self.notes)
 
 
-def _forwards(items: Iterable[Any], samples: int, owner: str) -> Calibration:
+def _forwards(items: Iterable[Any], module: torch.nn.Module, samples: int, owner: str) -> Calibration:
     found = []
     for item in items:
         if not isinstance(item, Mapping):
             raise InvalidSetting(
                 owner, "calibration", type(item).__name__, "all dicts of keyword arguments, like the first"
             )
-        found.append(Sample(kwargs=pytree.tree_map(_kept, dict(item))))
+        found.append(Sample(kwargs=pytree.tree_map(_kept, _uncached(item, module))))
     return _thin(Calibration(found, [f"{len(found)} forwards given"]), samples)
+
+
+def _uncached(kwargs: Mapping[str, Any], module: torch.nn.Module) -> dict[str, Any]:
+    """A forward without a cache of its own, where the caller says nothing of one: nobody would read it."""
+    silent = "use_cache" in _forward_parameters(module) and not {"use_cache", "past_key_values"} & set(kwargs)
+    return dict(kwargs) | ({"use_cache": False} if silent else {})
 
 
 def _thin(calibration: Calibration, samples: int) -> Calibration:

@@ -70,6 +70,11 @@ def albert():
 
 
 def texts(rows=3):
+    return [Sample(kwargs={"input_ids": ids(1, 12 + i, seed=i), "use_cache": False}) for i in range(rows)]
+
+
+def caching(rows=3):
+    """The model makes a cache, which every block writes to."""
     return [Sample(kwargs={"input_ids": ids(1, 12 + i, seed=i)}) for i in range(rows)]
 
 
@@ -83,12 +88,23 @@ def enc_dec():
 
 MODELS = {
     "llama": lambda: (llama(), texts()),
+    "llama-caching": lambda: (llama(), caching()),
     "gemma": lambda: (gemma(), texts()),
     "gpt2": lambda: (gpt2(), texts()),
     "t5-encoder": lambda: (t5(), texts()),
     "t5": lambda: (t5(whole=True), enc_dec()),
     "albert": lambda: (albert(), texts()),
 }
+
+
+def diffusion_gemma():
+    """Encoder blocks fill a cache that decoder blocks read; their weights are tied."""
+    import tiny_text
+
+    model = tiny_text.diffusion_gemma()
+    return model, [Sample(kwargs={"input_ids": ids(1, 9 + i), "decoder_input_ids": ids(1, 8)}) for i in range(2)]
+
+
 DENOISERS = ("wan", "wan-i2v", "wan-vace", "flux", "sd3", "cogvideox", "unet", "sdxl")
 
 
@@ -158,7 +174,7 @@ def test_block_by_block_is_the_whole_model(name, sequential):
     check_equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "t5", "flux", "wan-vace"])
+@pytest.mark.parametrize("name", ["llama", "llama-caching", "gemma", "t5", "flux", "wan-vace"])
 def test_later_blocks_see_what_was_changed_before_them(name):
     model, samples = case(name)
     sites = find_linears(model)
@@ -332,6 +348,21 @@ def test_each_block_runs_twice_a_sample():
         layer.forward = count(at)
     collect(model, samples, find_linears(model))
     assert runs == [7, 7, 4]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_blocks_that_fill_a_cache_for_others(sequential):
+    model, samples = diffusion_gemma()
+    sites = find_linears(model)
+    untied = [site for site in sites if not site.tied]
+    found, names = collect(model, samples, sites, true_sequential=sequential)
+    assert names[0].startswith("model.encoder")
+    assert len(names) == 9  # the vision tower did not run
+    check_equal(found, watched(model, samples, untied))
+    # A tied linear belongs to the block that runs first: the decoder's tokens come too late for it.
+    tied = [site for site in sites if site.tied]
+    assert tied
+    assert {found[site.name].gram.tokens for site in tied} == {9 + 10}
 
 
 def test_pads_have_no_part():
@@ -542,6 +573,9 @@ def test_forwards_of_a_function_are_recorded():
         found.samples[2].kwargs["hidden_states"], tiny.TINY["wan"].inputs(model, seed=2)["hidden_states"]
     )
     assert not model._forward_pre_hooks
+    text = llama()
+    (forward,) = calibration_from(lambda: text(ids(1, 5)), text, owner="gptq").samples
+    assert forward.kwargs == {"use_cache": False}
     with pytest.raises(InvalidSetting, match="no forward"):
         calibration_from(lambda: None, model, owner="gptq")
 
