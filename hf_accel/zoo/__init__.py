@@ -7,9 +7,9 @@
 
     pipe = WanPipeline.from_pretrained(zoo.path("mini-wan"))
 
-Language models are loaded by `AutoModelForCausalLM` once `hf_accel.zoo.sdar` is imported. Importing this module reads
-nothing and imports nothing heavy. How a miniature is trained is under `training/`; a recipe whose weights are not in
-the package is not in :func:`names`.
+Block-diffusion models are loaded by `AutoModelForCausalLM` once `hf_accel.zoo.sdar` is imported. Importing this module
+reads nothing and imports nothing heavy. How a miniature is trained is under `training/`; a recipe whose weights are not
+in the package is not in :func:`names`.
 """
 
 from __future__ import annotations

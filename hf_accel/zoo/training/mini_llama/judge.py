@@ -161,6 +161,8 @@ def picture(log: Path, told: Path, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     lines, found = [json.loads(line) for line in log.read_text().splitlines()], json.loads(told.read_text())
+    # what a stopped training did after its last save was done again
+    lines = [one for at, one in enumerate(lines) if all(one["step"] < later["step"] for later in lines[at + 1 :])]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(3, 2))
     left.plot([one["minutes"] for one in lines], [one["loss"] for one in lines], linewidth=0.8, label="training")
     held = [one for one in lines if "heldout" in one]
@@ -171,8 +173,8 @@ def picture(log: Path, told: Path, out: Path) -> None:
     left.set(ylim=(1.5, 7), xlabel="minutes", ylabel="cross-entropy, nats per token", title="training")
     left.legend(fontsize=8)
     rounded = {"fp32": found["perplexity"], **{f"int{bits}": value for bits, value in found["rounded"].items()}}
-    right.bar(list(rounded), list(rounded.values()), color="0.5")
-    right.set(yscale="log", ylabel="held-out perplexity", title="rounded to nearest, groups of 64")
+    right.bar_label(right.bar(list(rounded), list(rounded.values()), color="0.5"), fmt="{:.2f}", fontsize=8)
+    right.set(ylabel="held-out perplexity", title="rounded to nearest, groups of 64")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     out.parent.mkdir(parents=True, exist_ok=True)
