@@ -25,7 +25,7 @@ from hf_accel.hosts.foreign import standing
 from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model, Target, resolve
 from hf_accel.ledger import Ledger
-from hf_accel.method import SITE_ORDER, Method, Party, conflict, takes
+from hf_accel.method import SITE_ORDER, Given, Method, Party, conflict, takes
 from hf_accel.preset import Wanted
 from hf_accel.report import MethodReport, Report
 
@@ -442,7 +442,7 @@ def _install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Mod
 def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = None) -> Installation:
     config = wanted.config
     method = registry.get(config.METHOD)(config)
-    method.given = dict(wanted.given)
+    method.given = Given(wanted.given)
     if former is not None:
         method.take_over(former)
     settings = config.to_dict()["settings"]

@@ -177,6 +177,17 @@ def hosts_in_words(party: Party) -> str:
     return f"{words}: {', '.join(sorted(party.facts.families))}" if party.facts.families else words
 
 
+class Given(dict[str, Any]):
+    """What the caller handed over beside settings. Copies of a model share it, pickles leave it out: texts, models and
+    functions are not ours to copy, and some cannot be."""
+
+    def __deepcopy__(self, memo: dict) -> Given:
+        return self
+
+    def __reduce__(self) -> tuple[type[Given], tuple[()]]:
+        return Given, ()
+
+
 class Method(ABC):
     """A published method with its settings. Subclasses declare the class attributes and :meth:`install`.
 
@@ -204,7 +215,7 @@ class Method(ABC):
 
     def __init__(self, config: Settings):
         self.config = config
-        self.given: dict[str, Any] = {}
+        self.given = Given()
 
     @classmethod
     @abstractmethod

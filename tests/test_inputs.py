@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -66,3 +68,10 @@ def test_a_failed_replacement_hands_the_inputs_over_again(calibrated):
     with pytest.raises(errors.NotApplicable, match="bad texts"):
         hf_accel.apply(model, "calibrated", texts="bad")
     assert model.calibrated == {"texts": ["a"]}
+
+
+def test_copies_share_inputs_and_pickles_leave_them_out(calibrated):
+    model, texts = tiny.build("wan"), iter(["a"])
+    hf_accel.apply(model, "calibrated", texts=texts)
+    assert copy.deepcopy(model).calibrated["texts"] is texts
+    assert pickle.loads(pickle.dumps(model.calibrated)) == {}
