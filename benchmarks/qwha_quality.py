@@ -1,0 +1,308 @@
+"""QWHA beside LoRA, LoftQ, CLoQ, SHiRA and FourierFT on quantised mini-llamas, equal trainable parameters and steps.
+
+    python benchmarks/qwha_quality.py --json benchmarks/results/qwha_quality.json
+
+Bases are mini-llama quantised by MagR + GPTQ + coordinate descent (30 sweeps at 2 bits, else 1), calibrated on its
+training files. Every adapter has ``r (m + n)`` trained numbers in each linear and stands on the same dequantised base,
+frozen in fp32. All are trained by AdamW on the same batches, items of the zoo's list task and windows of its training
+files in equal parts, each at its best learning rate of those given, chosen on items that are neither trained nor
+reported. Reported are perplexity on held-out files and answers right on held-out items (every token of the answer,
+greedy), before tuning and after.
+
+* ``lora``: zero-initialised, peft's own. ``shira``, ``fourierft``: peft's own, of random places.
+* ``loftq``: rounding to nearest and SVD of what is left, in turn, five times. peft's own needs bitsandbytes on a GPU
+  and knows 4-bit floats only; this one has the grid of the others, but its base is another one.
+* ``cloq``: the closed form in activation space, ``SVD_r(dW R^T)`` with ``R^T R`` the Gram matrix.
+* ``qwha``: zero-initialised, at random places; ``qwha, selected``: AdaAlloc and selection without refinement;
+  ``qwha, refined``: the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common  # noqa: F401  (finds the checkout)
+import torch
+from peft import FourierFTConfig, LoraConfig, ShiraConfig, get_peft_model
+
+import hf_accel
+import hf_accel.peft
+from hf_accel.hosts.linears import find_linears
+from hf_accel.measure.machine import describe_machine
+from hf_accel.measure.tables import align
+from hf_accel.patches.qwha import sparse_correction, spectral_gram
+from hf_accel.peft.coefficients import from_places
+from hf_accel.quant.formats import format_of
+from hf_accel.quant.gram import Gram
+from hf_accel.quant.grid import Scheme, fit_grid, round_to_grid
+from hf_accel.zoo import llama
+
+METHODS = ("lora", "loftq", "cloq", "shira", "fourierft", "qwha", "qwha, selected", "qwha, refined")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GROUP = 64
+
+
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    total = torch.zeros(())
+    with torch.no_grad():
+        for rows in windows.split(8):
+            logits = model(input_ids=rows[:, :-1]).logits.float()
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+    return math.exp(float(total) / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+@torch.no_grad()
+def right(model: Any, batch: dict[str, torch.Tensor]) -> list[bool]:
+    """Whether greedy decoding would write the answer: every token of it is the likeliest behind those before."""
+    answers: list[bool] = []
+    for start in range(0, len(batch["labels"]), 64):
+        part = {name: tensor[start : start + 64] for name, tensor in batch.items()}
+        guess = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits.argmax(-1)[:, :-1]
+        labels = part["labels"][:, 1:]
+        answers += ((guess == labels) | (labels == -100)).all(1).tolist()
+    return answers
+
+
+def grams_of(model: Any, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Second moments of every linear's inputs in the full-precision model, fp64."""
+    sites = find_linears(model)
+    grams = {site.name: Gram(site.in_features, site.name, torch.float64) for site in sites}
+    handles = [
+        site.module.register_forward_pre_hook(lambda module, args, name=site.name: grams[name].add(args[0]))
+        for site in sites
+    ]
+    with torch.no_grad():
+        for rows in windows.split(8):
+            model.model(input_ids=rows)
+    for handle in handles:
+        handle.remove()
+    return {name: gram.matrix() for name, gram in grams.items()}
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    return {site.name: site.weight.float().clone() for site in find_linears(model)}
+
+
+def with_weights(model: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """A copy of a dense model that has these weights in its linears."""
+    twin = copy.deepcopy(model)
+    for site in find_linears(twin):
+        site.module.weight.data.copy_(weights[site.name])
+    return twin
+
+
+def quantised(model: Any, bits: int, calibration: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Weights of the base that all adapters but LoftQ's stand on."""
+    twin = copy.deepcopy(model)
+    sweeps = 30 if bits == 2 else 1
+    settings: dict[str, Any] = {"bits": bits, "group_size": GROUP, "magr": True, "coordinate_descent": sweeps}
+    with hf_accel.apply(twin, "gptq", calibration=list(calibration), static_groups=True, **settings):
+        return weights_of(twin)
+
+
+def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``B [m, r]``, ``A [r, n]`` with ``B A`` nearest to ``matrix``, the singular values halved between them."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def cloq(error: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``B A`` with the least ``|(error - B A) R^T|``, ``R^T R = gram`` damped by 1e-4."""
+    gram = gram + 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    values, vectors = torch.linalg.eigh(gram)
+    root = values.clamp_min(0).sqrt()
+    b, a = low_rank((error.double() @ vectors) * root, rank)
+    return b.float(), ((a / root) @ vectors.T).float()
+
+
+def loftq(weight: torch.Tensor, bits: int, rank: int, turns: int = 5) -> tuple[torch.Tensor, ...]:
+    """Quantised weight, B, A."""
+    scheme = Scheme.grouped(format_of(bits), GROUP)
+    b, a = weight.new_zeros(len(weight), rank), weight.new_zeros(rank, weight.shape[1])
+    for _ in range(turns):
+        rest = weight - b @ a
+        base = round_to_grid(rest, fit_grid(rest, scheme), scheme)
+        b, a = low_rank(weight - base, rank)
+    return base, b, a
+
+
+def build(
+    method: str,
+    model: Any,
+    base: dict[str, torch.Tensor],
+    bits: int,
+    rank: int,
+    grams: dict[str, torch.Tensor],
+) -> Any:
+    """The model with the adapter on it, ready to be tuned."""
+    torch.manual_seed(0)
+    full = weights_of(model)
+    if method == "loftq":
+        found = {name: loftq(weight, bits, rank) for name, weight in full.items()}
+        base = {name: parts[0] for name, parts in found.items()}
+    standing = with_weights(model, base)
+    sizes = {name: rank * sum(weight.shape) for name, weight in full.items()}
+    if method in ("lora", "loftq", "cloq"):
+        tuned = get_peft_model(standing, LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
+        if method != "lora":
+            for name, layer in adapted(tuned, "lora_A"):
+                b, a = found[name][1:] if method == "loftq" else cloq(full[name] - base[name], grams[name], rank)
+                layer.lora_B["default"].weight.data.copy_(b)
+                layer.lora_A["default"].weight.data.copy_(a)
+        return tuned
+    if method == "shira":
+        return get_peft_model(standing, ShiraConfig(r=rank, target_modules=TARGETS, init_weights=True))
+    if method == "fourierft":
+        config = FourierFTConfig(
+            n_frequency=1000, n_frequency_pattern=sizes, target_modules=TARGETS, scaling=150.0, init_weights=True
+        )
+        return get_peft_model(standing, config)
+    tuned = get_peft_model(standing, hf_accel.QWHAConfig(r=rank, target_modules=TARGETS))
+    if method != "qwha":
+        for name, layer in adapted(tuned, "qwha_values"):
+            error, spectrum = full[name] - base[name], spectral_gram(grams[name], layer.block)
+            found = sparse_correction(error, spectrum, sizes[name], layer.block, refine=method == "qwha, refined")
+            places = found.kept.nonzero(as_tuple=True)
+            layer.set_coefficients("default", from_places(*places, found.values.float(), *error.shape))
+    return tuned
+
+
+def adapted(model: Any, part: str) -> list[tuple[str, Any]]:
+    """The adapted layers by the names that their linears have in the model alone."""
+    prefix = "base_model.model."
+    return [(name.removeprefix(prefix), layer) for name, layer in model.named_modules() if hasattr(layer, part)]
+
+
+def tune(model: Any, batches: Callable[[int], list[dict[str, torch.Tensor]]], steps: int, lr: float) -> float:
+    """Train on the mean loss of the batches of every step; seconds per step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    model.train()
+    begin = time.perf_counter()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / max(1, steps // 16))
+            group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        parts = batches(step)
+        for batch in parts:
+            (model(**batch).loss / len(parts)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    return (time.perf_counter() - begin) / steps
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=4, help="windows of text in a step")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--items", type=int, default=600, help="held-out items that are reported")
+    parser.add_argument("--calibration", type=int, default=128, help="windows of 256 tokens for Gram matrices")
+    parser.add_argument("--text", type=int, default=1024, help="windows of 256 tokens to train on")
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    model, tokenizer = llama.load()
+    model.requires_grad_(False)
+    calibration = llama.windows(tokenizer, "train", options.calibration, 256)
+    text = llama.windows(tokenizer, "train", options.text, 256)
+    windows = llama.windows(tokenizer, "heldout", options.windows, 512)
+    reported = llama.encode_items(tokenizer, llama.task.items("heldout", options.items))
+    chosen_by = llama.encode_items(tokenizer, llama.task.items("train", 192, seed=1))
+    train = llama.task.items("train", options.steps * options.batch)
+    grams = grams_of(model, calibration)
+
+    def batches(step: int) -> list[dict[str, torch.Tensor]]:
+        rows = text[torch.arange(step * options.rows, (step + 1) * options.rows) % len(text)]
+        items = llama.encode_items(tokenizer, train[step * options.batch : (step + 1) * options.batch])
+        return [items, {"input_ids": rows, "labels": rows}]
+
+    def judged(tuned: Any) -> dict[str, float]:
+        answers = right(tuned, reported)
+        return {"perplexity": perplexity(tuned, windows), "accuracy": sum(answers) / len(answers)}
+
+    data: dict[str, Any] = {
+        "machine": describe_machine(torch.device("cpu")),
+        "rank": options.rank,
+        "group_size": GROUP,
+        "steps": options.steps,
+        "batch": options.batch,
+        "learning_rates": options.lrs,
+        "items": options.items,
+        "full": judged(model),
+        "records": [],
+    }
+    print(f"full precision: {data['full']}", flush=True)
+    for bits in options.bits:
+        base = quantised(model, bits, calibration)
+        record: dict[str, Any] = {"bits": bits, "method": "base", "start": judged(with_weights(model, base))}
+        data["records"].append(record)
+        print(bits, "base", record["start"], flush=True)
+        for method in options.methods:
+            best: dict[str, Any] | None = None
+            for lr in options.lrs:
+                tuned = build(method, model, base, bits, options.rank, grams).eval()
+                trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+                record = {"bits": bits, "method": method, "parameters": trained, "start": judged(tuned), "lr": lr}
+                record["step_s"] = tune(tuned, batches, options.steps, lr)
+                answers = right(tuned, chosen_by)
+                record["chosen_by"] = sum(answers) / len(answers)
+                record["tuned"] = judged(tuned)
+                print(f"  {bits} {method} lr {lr:g}: {record['start']} -> {record['tuned']}", flush=True)
+                if best is None or record["chosen_by"] > best["chosen_by"]:
+                    best = record
+            data["records"].append(best)
+        if options.json:  # after every width, so that a run that is cut off has told what it knew
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(data, indent=1) + "\n")
+    print(report(data))
+    return 0
+
+
+def report(data: dict[str, Any]) -> str:
+    head = [
+        "bits",
+        "method",
+        "parameters",
+        "ppl at start",
+        "right at start",
+        "ppl tuned",
+        "right tuned",
+        "lr",
+        "s/step",
+    ]
+    rows = []
+    for r in data["records"]:
+        start, tuned = r["start"], r.get("tuned")
+        rows.append(
+            [
+                str(r["bits"]), r["method"], str(r.get("parameters", "")), f"{start['perplexity']:.2f}",
+                f"{100 * start['accuracy']:.1f} %", f"{tuned['perplexity']:.2f}" if tuned else "",
+                f"{100 * tuned['accuracy']:.1f} %" if tuned else "", f"{r['lr']:g}" if tuned else "",
+                f"{r['step_s']:.3f}" if tuned else "",
+            ]
+        )  # fmt: skip
+    return align(head, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
