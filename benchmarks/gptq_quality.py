@@ -32,6 +32,13 @@ AT_TWO_BITS: dict[str, dict[str, Any]] = {
     "gptq, grids on the way, act order": {"act_order": True, "static_groups": False},
     "gptq, sequential, act order": {"true_sequential": True, **ORDERED},
     "gptq, search": {"search": True},
+    "gptq, search, act order": {"search": True, **ORDERED},
+    "gptq, search, act order + descent, inflation 0.1": {
+        "search": True,
+        "coordinate_descent": 30,
+        "descent_inflation": 0.1,
+        **ORDERED,
+    },
     "gptq + descent": {"coordinate_descent": 30},
     "gptq, act order + descent, inflation 0.1": {"coordinate_descent": 30, "descent_inflation": 0.1, **ORDERED},
     "magr + gptq": {"magr": True},
