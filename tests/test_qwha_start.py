@@ -318,7 +318,7 @@ def test_beside_a_method_of_another_site(order):
 
 
 def test_full_models_have_nothing_to_repair():
-    with pytest.raises(NotApplicable, match="no packed linears"):
+    with pytest.raises(NotApplicable, match="without packed linears"):
         hf_accel.apply(build("llama"), "qwha", **TEXT)
 
 

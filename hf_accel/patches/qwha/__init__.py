@@ -41,7 +41,7 @@ from hf_accel.errors import InvalidSetting
 from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.denoisers import HOSTS, HOSTS_OF
 from hf_accel.hosts.linears import find_linears
-from hf_accel.hosts.target import Model
+from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.method import Facts, Method
 from hf_accel.patches.qwha.correction import (
@@ -123,7 +123,7 @@ class QWHA(Method):
                 "hf_accel.initialize_qwha(model, ...)"
             )
         if not any(site.kind == "packed" for site in find_linears(model.module)):
-            return 'it has no packed linears to repair; first hf_accel.apply(model, "gptq", ...)'
+            return f'a {kind(model.module)} without packed linears to repair; first hf_accel.apply(model, "gptq", ...)'
         return None
 
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> None:
@@ -163,8 +163,8 @@ class QWHA(Method):
             progress=config.progress,
         )
         for start in starts:
-            kind = f"QWHA adapter, {start.coefficients} coefficients"
-            report.patched.append(Patched(model.name, start.name, kind))
+            told = f"QWHA adapter, {start.coefficients} coefficients"
+            report.patched.append(Patched(model.name, start.name, told))
             if start.unsolved:
                 report.notes.append(f"{start.name}: {start.unsolved} outputs without least squares, only cut")
             if not start.tokens:
