@@ -131,7 +131,10 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
     A failure leaves the model as it was. Applying a method that is already there replaces it.
     """
     found = resolve(target)
-    inputs = {name for cls in registry.methods().values() for name in cls.inputs}
+    known = registry.methods()
+    # With a single method its own words count: another's input may be a setting of this one.
+    takers = [known[method]] if isinstance(method, str) and method in known else list(known.values())
+    inputs = {name for cls in takers for name in cls.inputs}
     given = {name: settings.pop(name) for name in list(settings) if name in inputs}
     wanted = _hand_over(_wanted(found, method, revision, settings), given)
     _check_each_other(wanted_types(wanted.values()))

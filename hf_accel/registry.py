@@ -8,6 +8,7 @@ Outside packages declare, in their ``pyproject.toml``::
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from importlib.metadata import entry_points
@@ -27,11 +28,13 @@ def register(cls: M) -> M:
     """Class decorator: add a method under ``cls.name``.
 
     Raises:
-        HFAccelError: the name is taken by another class, or a declaration is missing.
+        HFAccelError: the name is taken by another class, a declaration is missing, or an input is called as a setting.
     """
     for attribute in ("name", "paper", "summary", "facts", "Config"):
         if not hasattr(cls, attribute):
             raise HFAccelError(f"Method {cls.__name__} declares no {attribute!r}.")
+    if both := {field.name for field in dataclasses.fields(cls.Config)}.intersection(cls.inputs):
+        raise HFAccelError(f"Method {cls.__name__}: {', '.join(sorted(both))} can be a setting or an input, not both.")
     other = _METHODS.get(cls.name)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise HFAccelError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import tiny
 
 import hf_accel
 from hf_accel import errors, registry
-from hf_accel.config import Config
+from hf_accel.config import Config, setting
 from hf_accel.method import Facts, Method
 
 
@@ -56,10 +57,31 @@ def test_inputs_reach_the_methods_that_take_them(calibrated):
 
 
 def test_an_input_that_nobody_takes_is_refused(calibrated):
-    with pytest.raises(errors.InvalidSetting, match="texts"):
-        hf_accel.apply(tiny.build("wan"), "tag", texts=["a"])
+    for asked in ("tag", ["tag"]):
+        with pytest.raises(errors.InvalidSetting, match="texts"):
+            hf_accel.apply(tiny.build("wan"), asked, texts=["a"])
     with pytest.raises(errors.InvalidSetting, match="wrong"):
         hf_accel.apply(tiny.build("wan"), "calibrated", wrong=1)
+
+
+def test_a_setting_may_be_called_as_the_input_of_another_method(calibrated):
+    class Named(registry.get("tag")):
+        name = "named"
+        Config = dataclass(frozen=True)(
+            type(
+                "NamedConfig",
+                (Config,),
+                {"METHOD": "named", "__annotations__": {"texts": str}, "texts": setting("a", "")},
+            )
+        )
+
+    registry.register(Named)
+    model = tiny.build("wan")
+    with hf_accel.apply(model, "named", texts="b") as applied:
+        assert applied.report().entries[0].settings["texts"] == "b"
+    with hf_accel.apply(model, {"named": {"texts": "b"}, "calibrated": {}}, texts=["c"]) as applied:
+        assert model.calibrated["texts"] == ["c"]
+        assert applied.report().entries[0].settings == {"texts": "b"}
 
 
 def test_a_failed_replacement_hands_the_inputs_over_again(calibrated):
