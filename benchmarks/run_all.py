@@ -41,6 +41,13 @@ def commands(gpu: bool, quality: bool) -> list[list[str]]:
     bench = ["-m", "hf_accel.cli", "bench", "attention", "--grid", *grid, "--heads", heads[0], "--head-dim", heads[1]]
     runs.append([*bench, "--json", f"attention_methods_{where}.json", "--picture", f"attention_methods_{where}.png"])
     runs.append(["losa_step.py", "--json", f"losa_step_{where}.json"])
+    for name, on_gpu, on_cpu in (
+        ("quantized_linear", "llama-4096,llama-14336", "cpu-2048"),
+        ("hadamard", "llama", "cpu"),
+        ("qwha_weight", "llama-4096,llama-up,llama-down", "cpu-1024"),
+        ("qwha_step", "llama3b", "cpu512"),
+    ):
+        runs.append([f"{name}.py", "--shape", on_gpu if gpu else on_cpu, "--json", f"{name}_{where}.json"])
     runs.append(["break_even.py"])
     if gpu:
         runs.append(["deepcache_gpu.py", "--json", "deepcache_gpu.json"])
@@ -51,6 +58,8 @@ def commands(gpu: bool, quality: bool) -> list[list[str]]:
         caches = str(HERE.parent / "docs" / "img" / "deepcache.png")
         runs.append(["deepcache.py", "--json", "deepcache.json", "--picture", caches])
         runs.append(["losa_quality.py", "--json", "losa_quality.json"])
+        runs.append(["gptq_quality.py", "--json", "gptq_quality.json"])
+        runs.append(["qwha_quality.py", "--json", "qwha_quality.json"])
         curve = str(HERE.parent / "docs" / "img" / "rcd-curve.png")
         runs.append(["rcd_curve.py", "--json", "rcd_curve.json", "--picture", curve])
     return runs

@@ -474,6 +474,51 @@ def losa_step(data: dict[str, Any]) -> str:
     )
 
 
+def gptq_quality(data: dict[str, Any]) -> str:
+    """Perplexity of mini-llama in few bits."""
+    first, *others = data["records"]
+    rows = [["", "fp32", f"{first['perplexity']:.3f}", "1.000", "", ""]]
+    for r in others:
+        error = f"{r['output_error']:.3f}" if r["output_error"] is not None else ""
+        ratio = r["perplexity"] / first["perplexity"]
+        rows.append(
+            [str(r["bits"]), r["row"], f"{r['perplexity']:.3f}", f"{ratio:.3f}", error, f"{r['bits_per_weight']:.2f}"]
+        )
+    head = ["bits", "row", "perplexity", "of fp32", "output error", "bits, all told"]
+    return (
+        f"{first['windows'][0]} held-out windows of {first['windows'][1]} tokens, {first['calibration'][0]} windows of "
+        f"training files to calibrate on, groups of {first['group_size']}, all linears of the blocks; scales are fp32 "
+        "here, hence the bits. Output error: mean over layers of |(W - Q) X| / |W X| on the calibration tokens. "
+        f"{machine(data['machine'])}\n\n{table(head, rows)}"
+    )
+
+
+def qwha_quality(data: dict[str, Any]) -> str:
+    """Adapters on quantised mini-llamas."""
+    rows = []
+    for r in data["records"]:
+        start, tuned = r["start"], r.get("tuned")
+        rows.append(
+            [str(r["bits"]), r["method"], str(r.get("parameters", "")), f"{start['perplexity']:.2f}"]
+            + (
+                [f"{tuned['perplexity']:.2f}", f"{100 * tuned['accuracy']:.1f} %", f"{r['lr']:g}"]
+                if tuned
+                else [""] * 3
+            )
+        )
+    head = ["bits", "adapter", "trained numbers", "perplexity at start", "tuned", "answers right, tuned", "lr"]
+    accuracies = [r["start"]["accuracy"] for r in data["records"]]
+    rates = " or ".join(f"{lr:g}" for lr in data["learning_rates"])
+    return (
+        f"Groups of {data['group_size']}, base by MagR, GPTQ and coordinate descent (but LoftQ's, which is its own), "
+        f"rank {data['rank']} or as many numbers, {data['steps']} steps of {data['batch']} items and some text, "
+        f"AdamW with learning rate {rates}, the better on items apart. Held-out: perplexity of files, answers to "
+        f"{data['items']} items of the list task, of which no row knows more than {100 * max(accuracies):.1f} % at the "
+        f"start. Full precision, untuned: perplexity {data['full']['perplexity']:.2f}. "
+        f"{machine(data['machine'])}\n\n{table(head, rows)}"
+    )
+
+
 def rcd_curve(data: dict[str, Any]) -> str:
     """Accuracy of mini-rcd against tokens per step."""
     labels = list(data["curves"])
@@ -520,6 +565,8 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("deepcache_gpu.json", "deepcache on Stable Diffusion 1.5 and XL, on a GPU", deepcache_gpu),
     ("losa_quality.json", "losa and quest on mini-sdar", losa_quality),
     ("rcd_curve.json", "rcd on mini-rcd", rcd_curve),
+    ("gptq_quality.json", "gptq on mini-llama", gptq_quality),
+    ("qwha_quality.json", "Adapters on quantised mini-llamas", qwha_quality),
     ("losa_step_cpu.json", "Attention of a denoising step against a long prefix, on a CPU", losa_step),
     ("losa_step_gpu.json", "Attention of a denoising step against a long prefix, on a GPU", losa_step),
     ("svg2_attention_cpu.json", "Attention time of svg2 on a CPU", svg2_attention),
