@@ -12,7 +12,6 @@ was, not a claim.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from typing import Any
@@ -54,15 +53,6 @@ def rows(bits: int) -> dict[str, dict[str, Any]]:
     return every | (AT_TWO_BITS if bits == 2 else {"magr + gptq + descent": SWEPT})
 
 
-@torch.no_grad()
-def perplexity(model: Any, windows: torch.Tensor) -> float:
-    total = torch.zeros((), dtype=torch.float64)
-    for ids in windows.split(8):
-        logits = model(input_ids=ids[:, :-1]).logits.double()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    return math.exp(float(total) / windows[:, 1:].numel())
-
-
 def measure(model: Any, windows: torch.Tensor, calibration: torch.Tensor, settings: dict[str, Any]) -> dict[str, Any]:
     given = {} if settings.get("rounding") == "nearest" else {"calibration": calibration}
     start = time.perf_counter()
@@ -71,7 +61,7 @@ def measure(model: Any, windows: torch.Tensor, calibration: torch.Tensor, settin
     run: Any = applied.report().entries[0].run
     errors = [layer.output_error for layer in run.layers]
     record = {
-        "perplexity": perplexity(model, windows),
+        "perplexity": llama.perplexity(model, windows),
         "bits_per_weight": run.bits_per_weight,
         "output_error": None if given == {} else sum(errors) / len(errors),
         "layers": len(run.layers),
@@ -100,7 +90,7 @@ def main() -> int:
     windows = llama.windows(tokenizer, "heldout", options.windows, options.length).to(device)
     calibration = llama.windows(tokenizer, "train", options.calibration, options.length)
     told = {"windows": list(windows.shape), "calibration": list(calibration.shape), "group_size": 64}
-    dense = perplexity(model, windows)
+    dense = llama.perplexity(model, windows)
     records: list[dict[str, Any]] = [{"row": "fp32", "bits": 32, "perplexity": dense, **told}]
     print(f"fp32: {dense:.4f}", flush=True)
     for bits in map(int, options.bits.split(",")):
@@ -112,7 +102,7 @@ def main() -> int:
             print(f"{bits} bits, {name}: {found['perplexity']:.4f} ({found['seconds']} s)", flush=True)
     save(options.json, describe_machine(device), records)
     print(table(records))
-    again = perplexity(model, windows)
+    again = llama.perplexity(model, windows)
     if again != dense:
         print(f"WRONG: {again} after undoing, {dense} before")
     return 0 if again == dense else 1

@@ -4,10 +4,14 @@
 
 Bases are mini-llama quantised by MagR + GPTQ + coordinate descent (30 sweeps at 2 bits, else 1), calibrated on its
 training files. Every adapter has ``r (m + n)`` trained numbers in each linear and stands on the same dequantised base,
-frozen in fp32. All are trained by AdamW on the same batches, items of the zoo's list task and windows of its training
-files in equal parts, each at its best learning rate of those given, chosen on items that are neither trained nor
-reported. Reported are perplexity on held-out files and answers right on held-out items (every token of the answer,
-greedy), before tuning and after.
+frozen in fp32. All are trained by AdamW on the same batches, the mean of the losses of items of the zoo's tasks and of
+windows of its training files. Learning rates are half a decade apart; beginning with ``--lr`` and its neighbours the
+search goes on until the best has a worse one on either side. The best is chosen by answers to items that are neither
+trained nor reported. Reported are perplexity on held-out files and answers right on held-out items (every token of the
+answer, greedy), before tuning and after.
+
+Runs that the JSON file holds already are not done again, and several processes may write one file: give each its own
+``--bits`` or ``--methods``.
 
 * ``lora``: zero-initialised, peft's own. ``shira``, ``fourierft``: peft's own, of random places.
 * ``loftq``: rounding to nearest and SVD of what is left, in turn, five times. peft's own needs bitsandbytes on a GPU
@@ -20,12 +24,14 @@ greedy), before tuning and after.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import fcntl
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +54,6 @@ from hf_accel.zoo import llama
 METHODS = ("lora", "loftq", "cloq", "shira", "fourierft", "qwha", "qwha, selected", "qwha, refined")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GROUP = 64
-
-
-def perplexity(model: Any, windows: torch.Tensor) -> float:
-    total = torch.zeros(())
-    with torch.no_grad():
-        for rows in windows.split(8):
-            logits = model(input_ids=rows[:, :-1]).logits.float()
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
-    return math.exp(float(total) / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
 @torch.no_grad()
@@ -202,16 +199,72 @@ def tune(model: Any, batches: Callable[[int], list[dict[str, torch.Tensor]]], st
     return (time.perf_counter() - begin) / steps
 
 
+SETTINGS = ("rank", "steps", "batch", "rows", "items", "calibration", "text", "windows")
+
+
+class Runs:
+    """What was found so far, in a file that several processes write, or in memory without one."""
+
+    def __init__(self, file: Path | None, told: dict[str, Any]):
+        self.file = file
+        self.data: dict[str, Any] = {**told, "bases": [], "runs": []}
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with self._held():
+                pass
+            changed = [name for name in SETTINGS if self.data[name] != told[name]]
+            if changed:
+                sys.exit(f"{file} was made with other {', '.join(changed)}: give another file")
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """The file's content in ``data`` and nobody else's hand on it; afterwards ``data`` in the file."""
+        if self.file is None:
+            yield
+            return
+        with self.file.open("a+") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            handle.seek(0)
+            self.data = json.loads(handle.read() or json.dumps(self.data))
+            yield
+            handle.truncate(0)
+            handle.write(json.dumps(self.data, indent=1) + "\n")
+
+    def find(self, kind: str, **key: Any) -> dict[str, Any] | None:
+        return next((run for run in self.data[kind] if key.items() <= run.items()), None)
+
+    def add(self, kind: str, record: dict[str, Any]) -> None:
+        with self._held():
+            self.data[kind].append(record)
+
+
+def half_decade(lr: float, steps: int) -> float:
+    """The learning rate so many half decades further, in two digits so that it is found again."""
+    return float(f"{lr * 10 ** (steps / 2):.1e}")
+
+
+def search(run: Callable[[float], float], lr: float, most: int) -> None:
+    """Call ``run`` until its best learning rate has a worse one on either side, at most ``most`` times."""
+    found = {step: run(half_decade(lr, step)) for step in (0, 1)}
+    while len(found) < most:
+        best = max(found, key=found.__getitem__)
+        step = next((step for step in (best - 1, best + 1) if step not in found), None)
+        if step is None:
+            return
+        found[step] = run(half_decade(lr, step))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=4, help="windows of text in a step")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--items", type=int, default=600, help="held-out items that are reported")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16, help="items in a step")
+    parser.add_argument("--rows", type=int, default=2, help="windows of text in a step")
+    parser.add_argument("--lr", type=float, default=1e-2, help="where the search begins")
+    parser.add_argument("--most", type=int, default=5, help="learning rates of one adapter")
+    parser.add_argument("--items", type=int, default=1200, help="held-out items that are reported, and to choose by")
     parser.add_argument("--calibration", type=int, default=128, help="windows of 256 tokens for Gram matrices")
     parser.add_argument("--text", type=int, default=1024, help="windows of 256 tokens to train on")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
@@ -227,9 +280,8 @@ def main() -> int:
     text = llama.windows(tokenizer, "train", options.text, 256)
     windows = llama.windows(tokenizer, "heldout", options.windows, 512)
     reported = llama.encode_items(tokenizer, llama.task.items("heldout", options.items))
-    chosen_by = llama.encode_items(tokenizer, llama.task.items("train", 192, seed=1))
+    chosen_by = llama.encode_items(tokenizer, llama.task.items("train", options.items, seed=1))
     train = llama.task.items("train", options.steps * options.batch)
-    grams = grams_of(model, calibration)
 
     def batches(step: int) -> list[dict[str, torch.Tensor]]:
         rows = text[torch.arange(step * options.rows, (step + 1) * options.rows) % len(text)]
@@ -238,67 +290,73 @@ def main() -> int:
 
     def judged(tuned: Any) -> dict[str, float]:
         answers = right(tuned, reported)
-        return {"perplexity": perplexity(tuned, windows), "accuracy": sum(answers) / len(answers)}
+        return {"perplexity": llama.perplexity(tuned, windows), "accuracy": sum(answers) / len(answers)}
 
-    data: dict[str, Any] = {
-        "machine": describe_machine(torch.device("cpu")),
-        "rank": options.rank,
-        "group_size": GROUP,
-        "steps": options.steps,
-        "batch": options.batch,
-        "learning_rates": options.lrs,
-        "items": options.items,
-        "full": judged(model),
-        "records": [],
-    }
-    print(f"full precision: {data['full']}", flush=True)
+    told = {name: getattr(options, name) for name in SETTINGS}
+    told |= {"machine": describe_machine(torch.device("cpu")), "group_size": GROUP, "full": judged(model)}
+    runs = Runs(options.json, told)
+    grams = grams_of(model, calibration)
     for bits in options.bits:
         base = quantised(model, bits, calibration)
-        record: dict[str, Any] = {"bits": bits, "method": "base", "start": judged(with_weights(model, base))}
-        data["records"].append(record)
-        print(bits, "base", record["start"], flush=True)
+        if runs.find("bases", bits=bits) is None:
+            runs.add("bases", {"bits": bits, "start": judged(with_weights(model, base))})
         for method in options.methods:
-            best: dict[str, Any] | None = None
-            for lr in options.lrs:
-                tuned = build(method, model, base, bits, options.rank, grams).eval()
-                trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-                record = {"bits": bits, "method": method, "parameters": trained, "start": judged(tuned), "lr": lr}
-                record["step_s"] = tune(tuned, batches, options.steps, lr)
-                answers = right(tuned, chosen_by)
-                record["chosen_by"] = sum(answers) / len(answers)
-                record["tuned"] = judged(tuned)
-                print(f"  {bits} {method} lr {lr:g}: {record['start']} -> {record['tuned']}", flush=True)
-                if best is None or record["chosen_by"] > best["chosen_by"]:
-                    best = record
-            data["records"].append(best)
-        if options.json:  # after every width, so that a run that is cut off has told what it knew
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(data, indent=1) + "\n")
-    print(report(data))
+
+            def run(lr: float, bits: int = bits, method: str = method, base: dict[str, torch.Tensor] = base) -> float:
+                found = runs.find("runs", bits=bits, method=method, lr=lr)
+                if found is None:
+                    tuned = build(method, model, base, bits, options.rank, grams).eval()
+                    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+                    other = runs.find("runs", bits=bits, method=method)
+                    start = judged(tuned) if other is None else other["start"]
+                    found = {"bits": bits, "method": method, "lr": lr, "parameters": trained, "start": start}
+                    found["step_s"] = tune(tuned, batches, options.steps, lr)
+                    answers = right(tuned, chosen_by)
+                    found |= {"chosen_by": sum(answers) / len(answers), "tuned": judged(tuned)}
+                    runs.add("runs", found)
+                print(f"{bits} {method} lr {lr:g}: {found['start']} -> {found['tuned']}", flush=True)
+                return float(found["chosen_by"])
+
+            search(run, options.lr, options.most)
+    print(report(runs.data))
     return 0
 
 
+def best_runs(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of every width and method, in the order of the table, the run at the best learning rate; ``edge`` tells whether
+    that is the highest or the lowest of those tried, or None."""
+    found = []
+    for bits in sorted({run["bits"] for run in data["runs"]}, reverse=True):
+        for method in METHODS:
+            runs = [run for run in data["runs"] if (run["bits"], run["method"]) == (bits, method)]
+            if runs:
+                best = max(runs, key=lambda run: run["chosen_by"])
+                rates = [run["lr"] for run in runs]
+                edge = {max(rates): "highest", min(rates): "lowest"}.get(best["lr"])
+                found.append({**best, "edge": edge})
+    return found
+
+
 def report(data: dict[str, Any]) -> str:
-    head = [
-        "bits",
-        "method",
-        "parameters",
-        "ppl at start",
-        "right at start",
-        "ppl tuned",
-        "right tuned",
-        "lr",
-        "s/step",
+    head = ["bits", "adapter", "trained", "ppl at start", "right at start", "ppl tuned", "right tuned", "lr", "s/step"]
+    rows = [
+        [
+            str(base["bits"]),
+            "none",
+            "",
+            f"{base['start']['perplexity']:.2f}",
+            f"{100 * base['start']['accuracy']:.1f} %",
+        ]
+        + [""] * 4
+        for base in data["bases"]
     ]
-    rows = []
-    for r in data["records"]:
-        start, tuned = r["start"], r.get("tuned")
+    for run in best_runs(data):
+        start, tuned = run["start"], run["tuned"]
         rows.append(
             [
-                str(r["bits"]), r["method"], str(r.get("parameters", "")), f"{start['perplexity']:.2f}",
-                f"{100 * start['accuracy']:.1f} %", f"{tuned['perplexity']:.2f}" if tuned else "",
-                f"{100 * tuned['accuracy']:.1f} %" if tuned else "", f"{r['lr']:g}" if tuned else "",
-                f"{r['step_s']:.3f}" if tuned else "",
+                str(run["bits"]), run["method"], str(run["parameters"]), f"{start['perplexity']:.2f}",
+                f"{100 * start['accuracy']:.1f} %", f"{tuned['perplexity']:.2f}", f"{100 * tuned['accuracy']:.1f} %",
+                f"{run['lr']:g}" + (f" ({run['edge']} tried)" if run["edge"] else ""), f"{run['step_s']:.3f}",
             ]
         )  # fmt: skip
     return align(head, rows)

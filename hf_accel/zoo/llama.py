@@ -13,17 +13,19 @@ Stock transformers loads the folder as well: `AutoModelForCausalLM.from_pretrain
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..errors import InvalidSetting
 from . import path
 from .training.mini_llama import task, text
 
-__all__ = ["documents", "encode_items", "load", "task", "windows"]
+__all__ = ["documents", "encode_items", "load", "perplexity", "task", "windows"]
 
 
 def load(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -51,6 +53,16 @@ def windows(tokenizer: PreTrainedTokenizerFast, split: str, count: int, length: 
         given = f"{count} of {length} tokens"
         raise InvalidSetting("zoo.llama.windows", "count, length", given, f"windows within the {len(ids):,} tokens")
     return torch.from_numpy(text.windows(ids, count, length))
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, ids: Tensor, batch: int = 8) -> float:
+    """Per token, of `[B, L]` ids, every row read from its start; its first token is given and not counted."""
+    total = 0.0
+    for rows in ids.split(batch):
+        logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
+    return math.exp(total / ids[:, 1:].numel())
 
 
 def encode_items(tokenizer: PreTrainedTokenizerFast, items: Sequence[task.Item]) -> dict[str, Tensor]:

@@ -17,23 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_accel.quant.formats import format_of
 from hf_accel.quant.grid import Scheme, fit_grid, round_to_grid
 
+from ...llama import perplexity
 from . import task, text
-
-
-@torch.no_grad()
-def perplexity(model: LlamaForCausalLM, ids: Tensor, batch: int = 8) -> float:
-    """Per token, of `[B, L]` ids, every row read from its start; its first token is given and not counted."""
-    total = 0.0
-    for rows in ids.split(batch):
-        logits = model(rows[:, :-1], use_cache=False).logits.float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
-    return math.exp(total / ids[:, 1:].numel())
 
 
 class Counts:
