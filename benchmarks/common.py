@@ -5,19 +5,77 @@ Benchmarks run from a checkout on a machine where hf_accel need not be installed
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from hf_accel.measure.machine import describe_machine  # noqa: E402
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer and the numbers of tokens that it is timed with."""
+
+    name: str
+    inputs: int
+    outputs: int
+    tokens: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def kernel_parser(doc: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def numbers(text: str) -> list[int]:
+    """Type of an option: ``"1,16"``."""
+    return [int(part) for part in text.split(",")]
+
+
+def grids(text: str) -> list[tuple[int, int]]:
+    """Type of an option: ``"4:128,2:64"``, bits and group size."""
+    return [(int(bits), int(group)) for bits, group in (part.split(":") for part in text.split(","))]
+
+
+def parse(parser: argparse.ArgumentParser, shapes: Mapping[str, T]) -> tuple[argparse.Namespace, list[T], torch.device]:
+    """Options with those that every benchmark of a kernel has, the shapes asked for, and where it runs, fp32 exact."""
+    parser.add_argument("--shape", default="toy", help=f"comma-separated: {', '.join(shapes)}")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    names = options.shape.split(",")
+    if unknown := [name for name in names if name not in shapes]:
+        parser.error(f"no shape {', '.join(map(repr, unknown))}; there are {', '.join(shapes)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return options, [shapes[name] for name in names], device
+
+
+def conclude(
+    options: argparse.Namespace,
+    device: torch.device,
+    runs: Iterable[tuple[list[dict[str, Any]], bool]],
+    **told: Any,
+) -> int:
+    """Do the runs, each records and whether all results were right; save; the exit code."""
+    done = list(runs)
+    save(options.json, {**describe_machine(device), **told}, [record for records, _ in done for record in records])
+    return 0 if all(right for _, right in done) else 1
 
 
 @dataclass(frozen=True)
@@ -87,3 +145,14 @@ def save(path: str | None, machine: dict[str, Any], records: list[dict[str, Any]
 
 def as_record(timing: Timing) -> dict[str, Any]:
     return {key: round(value, 4) for key, value in asdict(timing).items()}
+
+
+def time_and_memory(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """:func:`time_call` as a record; on a GPU with ``extra_bytes``, the most that was allocated beside what was."""
+    found: dict[str, Any] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        found["extra_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    return found | as_record(time_call(call, device))

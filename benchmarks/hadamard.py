@@ -10,7 +10,6 @@ result is checked against fp64 first; a wrong one has no time, and the exit code
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -18,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import as_record, relative_error, save, time_call
+from common import as_record, conclude, kernel_parser, parse, relative_error, time_call
 
 from hf_accel.kernels.hadamard import backend_for, factor, hadamard, hadamard_matrix
-from hf_accel.measure.machine import describe_machine
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 HAS_PEER = importlib.util.find_spec("fast_hadamard_transform") is not None
@@ -95,31 +93,13 @@ def measure(shape: Shape, n: int, dtype: torch.dtype, device: torch.device) -> t
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="toy", help=f"comma-separated: {', '.join(SHAPES)}")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = False
+    options, shapes, device = parse(kernel_parser(__doc__), SHAPES)
     if not HAS_PEER:
         print("fast-hadamard-transform is not installed: no peer in this run")
     elif device.type != "cuda":
         print("fast-hadamard-transform needs a GPU: no peer in this run")
-    records, right = [], True
-    for name in options.shape.split(","):
-        if name not in SHAPES:
-            parser.error(f"no shape {name!r}; there are {', '.join(SHAPES)}")
-        shape = SHAPES[name]
-        for dtype in shape.dtypes:
-            for n in shape.lengths:
-                measured, good = measure(shape, n, dtype, device)
-                records += measured
-                right &= good
-    save(options.json, describe_machine(device), records)
-    return 0 if right else 1
+    runs = (measure(shape, n, dtype, device) for shape in shapes for dtype in shape.dtypes for n in shape.lengths)
+    return conclude(options, device, runs)
 
 
 if __name__ == "__main__":

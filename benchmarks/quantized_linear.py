@@ -11,7 +11,6 @@ token. Every result is checked first; a wrong one has no time, and the exit code
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -19,46 +18,36 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import as_record, relative_error, save, time_call
+from common import LinearShape, as_record, conclude, grids, kernel_parser, numbers, parse, relative_error, time_call
 from torch.nn import functional as F
 
 from hf_accel.kernels.quantized_linear import Packed, backend_for, dequantize_packed, quantized_linear
-from hf_accel.measure.machine import describe_machine
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 DENSE, TORCHAO = "F.linear", "torchao int4"
 
 
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    inputs: int
-    outputs: int
-    tokens: tuple[int, ...]
-    dtype: torch.dtype
-
-
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("llama-4096", 4096, 4096, (1, 4, 16, 64, 256, 2048), torch.float16),
-        Shape("llama-14336", 4096, 14336, (1, 4, 16, 64, 256, 2048), torch.float16),
-        Shape("cpu-2048", 2048, 2048, (1, 16, 256), torch.float32),
-        Shape("toy", 128, 64, (1, 3), torch.float32),
+        LinearShape("llama-4096", 4096, 4096, (1, 4, 16, 64, 256, 2048), torch.float16),
+        LinearShape("llama-14336", 4096, 14336, (1, 4, 16, 64, 256, 2048), torch.float16),
+        LinearShape("cpu-2048", 2048, 2048, (1, 16, 256), torch.float32),
+        LinearShape("toy", 128, 64, (1, 3), torch.float32),
     )
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    shape: Shape
+    shape: LinearShape
     packed: Packed
     dense: torch.Tensor
     x: torch.Tensor
 
     @classmethod
-    def make(cls, shape: Shape, tokens: int, bits: int, group: int, device: torch.device) -> Case:
+    def make(cls, shape: LinearShape, tokens: int, bits: int, group: int, device: torch.device) -> Case:
         generator = torch.Generator(device).manual_seed(0)
         n, m = shape.inputs, shape.outputs
         groups = -(-n // group)
@@ -136,34 +125,21 @@ def measure(case: Case, device: torch.device) -> tuple[list[dict[str, Any]], boo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="toy", help=f"comma-separated: {', '.join(SHAPES)}")
-    parser.add_argument("--tokens", help="comma-separated, instead of those of the shape")
-    parser.add_argument("--grids", default="4:128,3:128,2:64", help="comma-separated bits:group size")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = False
+    parser = kernel_parser(__doc__)
+    parser.add_argument("--tokens", type=numbers, help="comma-separated, instead of those of the shape")
+    parser.add_argument("--grids", type=grids, default="4:128,3:128,2:64", help="comma-separated bits:group size")
+    options, shapes, device = parse(parser, SHAPES)
     if not HAS_TORCHAO:
         print("torchao is not installed: no int4 peer in this run")
     elif device.type != "cuda":
         print("torchao's int4 kernels need a GPU: no peer in this run")
-    records, right = [], True
-    for name in options.shape.split(","):
-        if name not in SHAPES:
-            parser.error(f"no shape {name!r}; there are {', '.join(SHAPES)}")
-        shape = SHAPES[name]
-        for grid in options.grids.split(","):
-            bits, group = map(int, grid.split(":"))
-            for tokens in map(int, options.tokens.split(",")) if options.tokens else shape.tokens:
-                measured, good = measure(Case.make(shape, tokens, bits, group, device), device)
-                records += measured
-                right &= good
-    save(options.json, describe_machine(device), records)
-    return 0 if right else 1
+    runs = (
+        measure(Case.make(shape, tokens, bits, group, device), device)
+        for shape in shapes
+        for bits, group in options.grids
+        for tokens in options.tokens or shape.tokens
+    )
+    return conclude(options, device, runs)
 
 
 if __name__ == "__main__":

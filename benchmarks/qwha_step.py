@@ -16,17 +16,15 @@ Outputs and gradients of the two sides are compared first; if they differ nothin
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import relative_error, save
+from common import conclude, kernel_parser, numbers, parse, relative_error
 from torch import nn
 
-from hf_accel.measure.machine import describe_machine
 from hf_accel.measure.timing import in_turn
 from hf_accel.peft import QWHAConfig
 from hf_accel.quant.formats import format_of
@@ -174,30 +172,21 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="toy", help=f"comma-separated: {', '.join(SHAPES)}")
-    parser.add_argument("--tokens", help="comma-separated, instead of those of the shape")
-    parser.add_argument("--bits", help="comma-separated, instead of those of the shape; 0 is a dense base")
+    parser = kernel_parser(__doc__)
+    parser.add_argument("--tokens", type=numbers, help="comma-separated, instead of those of the shape")
+    parser.add_argument(
+        "--bits", type=numbers, help="comma-separated, instead of those of the shape; 0 is a dense base"
+    )
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    records, right = [], True
-    for name in options.shape.split(","):
-        if name not in SHAPES:
-            parser.error(f"no shape {name!r}; there are {', '.join(SHAPES)}")
-        shape = SHAPES[name]
-        for bits in map(int, options.bits.split(",")) if options.bits else shape.bits:
-            for tokens in map(int, options.tokens.split(",")) if options.tokens else shape.tokens:
-                measured, good = measure(shape, bits, device, tokens, options.rounds)
-                records += measured
-                right &= good
+    options, shapes, device = parse(parser, SHAPES)
     print(f"paper, QWHA to CLoQ (a LoRA) on an A100: {', '.join(f'{r} x at {b}' for b, r in PAPER.items())}")
-    save(options.json, {**describe_machine(device), "paper_times_lora": PAPER}, records)
-    return 0 if right else 1
+    runs = (
+        measure(shape, bits, device, tokens, options.rounds)
+        for shape in shapes
+        for bits in options.bits or shape.bits
+        for tokens in options.tokens or shape.tokens
+    )
+    return conclude(options, device, runs, paper_times_lora=PAPER)
 
 
 if __name__ == "__main__":

@@ -12,50 +12,39 @@ a wrong one has no time, and the exit code is then 1.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import as_record, relative_error, save, time_call
+from common import LinearShape, conclude, grids, kernel_parser, parse, relative_error, time_and_memory
 from torch.nn import functional as F
 
 from hf_accel.kernels import qwha_weight as op
 from hf_accel.kernels.hadamard import block_size, factor, hadamard
 from hf_accel.kernels.quantized_linear import Packed, dequantize_packed, quantized_linear
 from hf_accel.kernels.qwha_weight.layout import row_of, unsigned_columns
-from hf_accel.measure.machine import describe_machine
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float32: 5e-6}
 FLOOR = "dequantise alone"
 
 
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    inputs: int
-    outputs: int
-    tokens: tuple[int, ...]
-    dtype: torch.dtype
-
-
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("llama-4096", 4096, 4096, (1, 16, 256, 2048), torch.bfloat16),
-        Shape("llama-up", 4096, 14336, (1, 16, 256, 2048), torch.bfloat16),
-        Shape("llama-down", 14336, 4096, (1, 16, 256, 2048), torch.bfloat16),
-        Shape("cpu-1024", 1024, 1024, (1, 16, 256), torch.float32),
-        Shape("toy", 96, 64, (1, 3), torch.float32),
+        LinearShape("llama-4096", 4096, 4096, (1, 16, 256, 2048), torch.bfloat16),
+        LinearShape("llama-up", 4096, 14336, (1, 16, 256, 2048), torch.bfloat16),
+        LinearShape("llama-down", 14336, 4096, (1, 16, 256, 2048), torch.bfloat16),
+        LinearShape("cpu-1024", 1024, 1024, (1, 16, 256), torch.float32),
+        LinearShape("toy", 96, 64, (1, 3), torch.float32),
     )
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    shape: Shape
+    shape: LinearShape
     packed: Packed
     indptr: torch.Tensor
     columns: torch.Tensor
@@ -65,7 +54,7 @@ class Case:
     block: int
 
     @classmethod
-    def make(cls, shape: Shape, bits: int, group: int, rank: int, device: torch.device) -> Case:
+    def make(cls, shape: LinearShape, bits: int, group: int, rank: int, device: torch.device) -> Case:
         generator = torch.Generator(device).manual_seed(0)
         n, m = shape.inputs, shape.outputs
 
@@ -154,12 +143,7 @@ def measure(case: Case, rank: int, device: torch.device) -> tuple[list[dict[str,
             right = False
             print(f"WRONG {shape.name} {packed.bits} bits {name}: relative error {error:.1e}")
         else:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-                call()
-                record["extra_bytes"] = torch.cuda.max_memory_allocated(device) - before
-            record |= as_record(time_call(call, device))
+            record |= time_and_memory(call, device)
             line = f"{shape.name:11} {packed.bits} bits g{packed.group_size:<4} rank {rank:3} {name:28}"
             line += f"{record['p50_ms']:9.3f} ms"
             if name in (FLOOR, "qwha_weight", "unfused"):
@@ -172,29 +156,17 @@ def measure(case: Case, rank: int, device: torch.device) -> tuple[list[dict[str,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="toy", help=f"comma-separated: {', '.join(SHAPES)}")
-    parser.add_argument("--grids", default="4:64,2:64", help="comma-separated bits:group size")
+    parser = kernel_parser(__doc__)
+    parser.add_argument("--grids", type=grids, default="4:64,2:64", help="comma-separated bits:group size")
     parser.add_argument("--rank", type=int, help="default 64, the paper's; 4 for toy")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    records, right = [], True
-    for name in options.shape.split(","):
-        if name not in SHAPES:
-            parser.error(f"no shape {name!r}; there are {', '.join(SHAPES)}")
-        rank = options.rank or (4 if name == "toy" else 64)
-        for grid in options.grids.split(","):
-            bits, group = map(int, grid.split(":"))
-            measured, good = measure(Case.make(SHAPES[name], bits, group, rank, device), rank, device)
-            records += measured
-            right &= good
-    save(options.json, describe_machine(device), records)
-    return 0 if right else 1
+    options, shapes, device = parse(parser, SHAPES)
+    runs = (
+        measure(Case.make(shape, bits, group, rank, device), rank, device)
+        for shape in shapes
+        for rank in [options.rank or (4 if shape.name == "toy" else 64)]
+        for bits, group in options.grids
+    )
+    return conclude(options, device, runs)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ checked first; a wrong one has no time, and the exit code is then 1.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Callable
@@ -20,10 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import as_record, relative_error, save, time_call
+from common import as_record, conclude, kernel_parser, numbers, parse, relative_error, time_and_memory, time_call
 
 from hf_accel.kernels import soft_embedding as op
-from hf_accel.measure.machine import describe_machine
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
@@ -104,12 +102,7 @@ def measure(case: Case, device: torch.device) -> tuple[list[dict[str, Any]], boo
             right = False
             print(f"WRONG {case.shape.name} {rows} rows {name}: relative error {error:.1e}")
         else:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-                call()
-                record["extra_bytes"] = torch.cuda.max_memory_allocated(device) - before
-            record |= as_record(time_call(call, device))
+            record |= time_and_memory(call, device)
         records.append(record)
     floor = records[0].get("p50_ms")
     for record in records:
@@ -124,12 +117,12 @@ def measure(case: Case, device: torch.device) -> tuple[list[dict[str, Any]], boo
     return records, right
 
 
-def sweep_tiles(case: Case, device: torch.device) -> list[dict[str, Any]]:
-    """Time ``soft_embed`` with every tile that fits, fastest last."""
+def sweep_tiles(case: Case, device: torch.device) -> tuple[list[dict[str, Any]], bool]:
+    """Time ``soft_embed`` with every tile that fits, fastest last; whether all were right."""
     from hf_accel.kernels.aot import SHARED_MEMORY_LIMIT
     from hf_accel.kernels.soft_embedding import triton
 
-    shipped, records = triton.tiles, []
+    shipped, records, right = triton.tiles, [], True
     cc = triton.compute_capability(case.weight)
     m = shipped(cc, len(case.logits), case.shape.dtype).m
     limit = SHARED_MEMORY_LIMIT.get(cc, 99 * 1024)
@@ -142,6 +135,7 @@ def sweep_tiles(case: Case, device: torch.device) -> list[dict[str, Any]]:
         call = case.forms()["soft_embed"]
         if error_of(case, "soft_embed", call()) > TOLERANCE[case.shape.dtype]:
             print(f"WRONG {tile}")
+            right = False
             continue
         timing = time_call(call, device, budget_ms=200)
         records.append({"shape": case.shape.name, "rows": len(case.logits), "tile": vars(tile), **as_record(timing)})
@@ -150,38 +144,19 @@ def sweep_tiles(case: Case, device: torch.device) -> list[dict[str, Any]]:
     for record in records[-10:]:
         print(f"{record['p50_ms']:9.4f} ms  {record['tile']}")
     print(f"shipped: {shipped(cc, len(case.logits), case.shape.dtype)}")
-    return records
+    return records, right
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="toy", help=f"comma-separated: {', '.join(SHAPES)}")
-    parser.add_argument("--rows", help="comma-separated, instead of those of the shape")
+    parser = kernel_parser(__doc__)
+    parser.add_argument("--rows", type=numbers, help="comma-separated, instead of those of the shape")
     parser.add_argument("--sweep-tiles", action="store_true", help="GPU: time soft_embed with many tiles")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options, shapes, device = parse(parser, SHAPES)
     if options.sweep_tiles and device.type != "cuda":
         parser.error("--sweep-tiles needs a GPU")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    records, right = [], True
-    for name in options.shape.split(","):
-        if name not in SHAPES:
-            parser.error(f"no shape {name!r}; there are {', '.join(SHAPES)}")
-        shape = SHAPES[name]
-        for rows in map(int, options.rows.split(",")) if options.rows else shape.rows:
-            case = Case.make(shape, rows, device)
-            if options.sweep_tiles:
-                records += sweep_tiles(case, device)
-                continue
-            measured, good = measure(case, device)
-            records += measured
-            right &= good
-    save(options.json, describe_machine(device), records)
-    return 0 if right else 1
+    run = sweep_tiles if options.sweep_tiles else measure
+    cases = (Case.make(shape, rows, device) for shape in shapes for rows in options.rows or shape.rows)
+    return conclude(options, device, (run(case, device) for case in cases))
 
 
 if __name__ == "__main__":
