@@ -150,13 +150,15 @@ def declare(
         model, desc_act=desc_act, sym=sym, damp_percent=damp_percent, true_sequential=true_sequential
     )
     if is_a(model, "transformers", "PreTrainedModel"):
-        from hf_accel.hosts import quantizer_transformers
-
-        quantizer_transformers.declare(model, settings, ledger)
+        from hf_accel.hosts import quantizer_transformers as host
     elif is_a(model, "diffusers", "ModelMixin"):
-        from hf_accel.hosts import quantizer_diffusers
-
-        quantizer_diffusers.declare(model, settings, ledger)
+        from hf_accel.hosts import quantizer_diffusers as host  # type: ignore[no-redef]
+    else:
+        return
+    quantizer = host.declare_config(model, settings, ledger)
+    ledger.set(model, "hf_quantizer", quantizer)
+    ledger.set(model, "is_quantized", True)
+    ledger.set(model, "quantization_method", quantizer.quantization_config.quant_method)
 
 
 def settings_of(model: torch.nn.Module, **told: Any) -> GPTQSettings:

@@ -129,13 +129,11 @@ class PackedQuantizer(DiffusersQuantizer):
         return True
 
 
-def declare(model: Any, settings: GPTQSettings, ledger: Ledger) -> None:
-    """What :func:`~hf_accel.hosts.quantized_checkpoint.declare` does to a diffusers model."""
+def declare_config(model: Any, settings: GPTQSettings, ledger: Ledger) -> PackedQuantizer:
+    """Put the settings into the model's config; the quantizer that goes with it."""
     config = PackedConfig(**settings.to_dict())
     ledger.set(model, "_internal_dict", FrozenDict({**model._internal_dict, "quantization_config": config}))
-    ledger.set(model, "hf_quantizer", PackedQuantizer(config, pre_quantized=True))
-    ledger.set(model, "is_quantized", True)
-    ledger.set(model, "quantization_method", Method.GPTQ)
+    return PackedQuantizer(config, pre_quantized=True)
 
 
 def register() -> Callable[[], None]:

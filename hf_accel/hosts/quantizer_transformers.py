@@ -11,7 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import GPTQConfig, QuantizationMethod
+from transformers.utils.quantization_config import GPTQConfig
 
 from hf_accel.errors import NotApplicable, QuantizationError
 from hf_accel.hosts.blocks import is_linear
@@ -108,9 +108,8 @@ class PackedQuantizer(HfQuantizer):
                 if is_linear(model.get_submodule(name)):  # a head may be packed while its embedding is not
                     self._twins[name] = packed[0]
         for name in self._twins:
-            _put(
-                model, name, torch.nn.Identity()
-            )  # transformers ties parameters only: nothing to load, nothing to miss
+            # transformers ties parameters only: nothing to load, nothing to miss
+            _put(model, name, torch.nn.Identity())
         return others
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -171,13 +170,11 @@ class Renaming:
         return out
 
 
-def declare(model: Any, settings: GPTQSettings, ledger: Ledger) -> None:
-    """What :func:`~hf_accel.hosts.quantized_checkpoint.declare` does to a transformers model."""
+def declare_config(model: Any, settings: GPTQSettings, ledger: Ledger) -> PackedQuantizer:
+    """Put the settings into the model's config; the quantizer that goes with it."""
     config = PackedGPTQConfig(**settings.to_dict())
     ledger.set(model.config, "quantization_config", config)
-    ledger.set(model, "hf_quantizer", PackedQuantizer(config, pre_quantized=True))
-    ledger.set(model, "is_quantized", True)
-    ledger.set(model, "quantization_method", QuantizationMethod.GPTQ)
+    return PackedQuantizer(config, pre_quantized=True)
 
 
 def register() -> Callable[[], None]:
