@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ import torch
 from test_method_matrix import fingerprint
 
 import hf_accel
+from hf_accel import api
 from hf_accel.errors import InvalidSetting, NotApplicable, NothingPatched, QuantizationError, RevertRefused
 from hf_accel.hosts.block_stream import BlockStream
 from hf_accel.hosts.linears import find_linears
@@ -299,7 +301,8 @@ def test_what_was_dropped_is_gone_and_says_so():
     assert applied.active
 
 
-def test_a_failure_at_the_end_finds_dropped_weights_still_there(monkeypatch):
+@pytest.mark.parametrize("original", ["keep", "offload"])
+def test_a_failure_at_the_end_finds_the_full_weights_still_there(monkeypatch, original):
     model = llama()
     before, dense = fingerprint(model), logits(model)
 
@@ -308,9 +311,106 @@ def test_a_failure_at_the_end_finds_dropped_weights_still_there(monkeypatch):
 
     monkeypatch.setattr("hf_accel.patches.gptq.declare", fails)
     with pytest.raises(RuntimeError, match="declared badly"):
-        quantised(model, original="drop")
+        quantised(model, original=original)
     assert fingerprint(model) == before
     assert torch.equal(logits(model), dense)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rounding": "nearest"}], ids=["by-blocks", "nearest"])
+def test_dropped_weights_go_as_soon_as_they_are_packed(monkeypatch, settings):
+    """Beside the full model there is never more than one block's packed weights (to nearest: one layer's)."""
+    model = llama(num_hidden_layers=4)
+    full = {site.name: weakref.ref(site.module.weight) for site in find_linears(model)}
+    alive, from_codes = [], PackedLinear.from_codes.__func__
+
+    def counted(cls, *args, **kwargs):
+        alive.append(sum(ref() is not None for ref in full.values()))
+        return from_codes(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PackedLinear, "from_codes", classmethod(counted))
+    quantised(model, original="drop", **settings)
+    together = 1 if "rounding" in settings else 7
+    assert alive == [len(full) - i // together * together for i in range(len(full))]
+    assert all(ref() is None for ref in full.values())
+    alive.clear()
+    model = llama()
+    full = {site.name: weakref.ref(site.module.weight) for site in find_linears(model)}
+    quantised(model, original="keep", **settings)
+    assert alive == [len(full)] * len(full)
+
+
+def stop_at(monkeypatch, number):
+    """Ctrl-C while layer ``number`` is being put in its place."""
+    put, calls = GPTQ._put, []
+
+    def some(self, *args):
+        calls.append(args)
+        if len(calls) == number + 1:
+            raise KeyboardInterrupt
+        put(self, *args)
+
+    monkeypatch.setattr(GPTQ, "_put", some)
+
+
+@pytest.mark.parametrize("settings", [{}, {"true_sequential": True, "act_order": True}], ids=str)
+def test_an_interrupted_drop_leaves_whole_blocks_and_is_finished_by_the_same_call(monkeypatch, tmp_path, settings):
+    from hf_accel.hosts.quantized_loading import load_quantized
+
+    model = llama(num_hidden_layers=3)
+    unfinished = model.model.layers[1:]
+    before = fingerprint(unfinished)
+    with quantised(model, **settings):
+        expected = logits(model)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7 + 3)  # in the second block
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            quantised(model, original="drop", **settings)
+    assert "7 linears are packed for good" in "".join(stopped.value.__notes__)
+    assert {name.split(".")[2] for name in packed(model)} == {"0"}
+    assert fingerprint(unfinished) == before
+    assert not api.installed(model)
+    half = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(logits(load_quantized(tmp_path)), half, atol=1e-5)
+    applied = quantised(model, original="drop", **settings)
+    assert torch.equal(logits(model), expected)
+    assert len(run_of(applied).layers) == 14
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_an_interrupt_before_anything_was_dropped_is_undone(monkeypatch, number):
+    model = llama()
+    before, dense = fingerprint(model), logits(model)
+    stop_at(monkeypatch, number)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        quantised(model, original="drop")
+    assert not getattr(stopped.value, "__notes__", [])
+    assert fingerprint(model) == before
+    assert torch.equal(logits(model), dense)
+
+
+def test_a_drop_that_fails_brings_back_the_run_that_it_was_to_replace(monkeypatch):
+    model = llama()
+    first = quantised(model, bits=4)
+    ours = logits(model)
+    put, calls = GPTQ._put, []
+
+    def fails_once(self, *args):
+        calls.append(args)
+        if len(calls) == 7 + 3:
+            raise RuntimeError("out of memory")
+        put(self, *args)
+
+    monkeypatch.setattr(GPTQ, "_put", fails_once)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quantised(model, bits=2, original="drop")
+    assert torch.equal(logits(model), ours)
+    del first
+    hf_accel.revert(model)
+    quantised(model, bits=4)
+    quantised(model, bits=2, original="drop")
+    with pytest.raises(RevertRefused, match="14 linears were dropped"):
+        hf_accel.revert(model)
 
 
 def test_a_saved_model_is_the_quantised_one(tmp_path):
@@ -410,6 +510,21 @@ def test_a_group_size_that_does_not_divide_names_layers_and_sizes():
         assert len(run_of(applied).layers) == 12
     with pytest.raises(InvalidSetting, match="positive"):
         quantised(model, group_size=0)
+
+
+def test_convolutions_stay_and_are_named():
+    model = tiny.build("unet")
+    names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    assert {"conv_in", "down_blocks.0.resnets.0.conv1"} <= names
+    with hf_accel.apply(model, "gptq", bits=4, rounding="nearest", **QUIET) as applied:
+        told = applied.report().entries[0]
+    reason = "a convolution: the packed layout is for linears"
+    assert {s.module for s in told.skipped if s.reason == reason} == names
+    assert f"skipped   {len(names)} x {reason}" in str(told)
+    with hf_accel.apply(model, "gptq", bits=4, rounding="nearest", targets=["query"], **QUIET) as applied:
+        assert reason not in {s.reason for s in applied.report().entries[0].skipped}
+    with pytest.raises(InvalidSetting, match="a linear of this model"):
+        hf_accel.apply(model, "gptq", bits=4, rounding="nearest", targets=["conv_in"], **QUIET)
 
 
 def test_sizes_without_a_place_in_the_layout_stay_and_are_named():

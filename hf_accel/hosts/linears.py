@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.modules.conv import _ConvNd
 
 from hf_accel.errors import Conflict, InvalidSetting, NotApplicable, WeightsMismatch
 from hf_accel.hosts.blocks import block_names, is_linear
@@ -144,6 +145,11 @@ def survey(
     if wanted is None:
         skipped |= _stacked_experts(root, blocks)
     return Survey(sites, skipped)
+
+
+def convolutions(root: torch.nn.Module) -> list[str]:
+    """Names of the convolutions of a network, which are linears over patches and none of :func:`find_linears`."""
+    return [name for name, module in root.named_modules() if isinstance(module, _ConvNd)]
 
 
 def replace(site: LinearSite, module: torch.nn.Module, ledger: Ledger) -> None:

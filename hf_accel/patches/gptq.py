@@ -22,7 +22,8 @@ Decisions where the paper and released code differ or are silent (those of the s
   has a list of names for each model.
 * Linears that no sample reached, and those whose ``H`` could not be factorised, are rounded to nearest, counted and
   named. The code raises for the latter.
-* Sizes that the packed layout has no place for (no multiple of 32) stay in full precision and are named.
+* Sizes that the packed layout has no place for (no multiple of 32) stay in full precision and are named. So do
+  convolutions, which the code takes as linears over patches: readers of the layout know linears only.
 * INFERRED: coordinate descent aims at the full weight, not at what MagR made of it.
 """
 
@@ -33,8 +34,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -45,7 +45,8 @@ from hf_accel.hosts.block_stream import BlockStream, Gathered, Unit
 from hf_accel.hosts.calibration import calibration_from
 from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.denoisers import HOSTS, HOSTS_OF
-from hf_accel.hosts.linears import LinearSite, replace, survey, why_irreplaceable
+from hf_accel.hosts.linears import LinearSite, convolutions, replace, survey, why_irreplaceable
+from hf_accel.hosts.original_weights import drop, offload, settle
 from hf_accel.hosts.quantized_checkpoint import declare
 from hf_accel.hosts.target import Model, kind
 from hf_accel.kernels.quantized_linear import backend_for
@@ -59,8 +60,11 @@ from hf_accel.quant.magr import shrink_groups
 from hf_accel.quant.packed_linear import PackedLinear, why_not_packable
 from hf_accel.quant.packing import PACKED_BITS
 from hf_accel.quant.quality import relative_error
+from hf_accel.quant.statistics import LayerRecord, QuantizationStatistics
 from hf_accel.registry import register
 from hf_accel.report import MethodReport, Patched, Skipped
+
+_CONVOLUTION = "a convolution: the packed layout is for linears"
 
 
 @dataclass(frozen=True)
@@ -115,125 +119,6 @@ class GPTQConfig(Config):
         return self.act_order if self.static_groups is None else self.static_groups
 
 
-# -- what happened -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class LayerRecord:
-    """One linear.
-
-    Attributes:
-        loss: of GPTQ, see :attr:`~hf_accel.quant.gptq_solver.Solution.loss`; NaN without calibration.
-        output_error: ``|(W - Q) X| / |W X|`` over the calibration tokens; NaN without.
-        weight_error: ``|W - Q| / |W|``.
-        tokens: that it was calibrated on.
-        retries: how often damping was raised.
-        why_nearest: why it was rounded to nearest though GPTQ was asked for, or empty.
-    """
-
-    name: str
-    role: str
-    bits: int
-    loss: float = math.nan
-    output_error: float = math.nan
-    weight_error: float = math.nan
-    tokens: int = 0
-    damping: float = 0.0
-    retries: int = 0
-    dead: int = 0
-    why_nearest: str = ""
-
-    def __str__(self) -> str:
-        words = f"{self.name}: {self.bits} bits, weight error {self.weight_error:.4f}"
-        if self.tokens:
-            words += f", output error {self.output_error:.4f}, loss {self.loss:.4g}, {self.tokens} tokens"
-        for note in (
-            f"damping {self.damping:g} after {self.retries} retries" if self.retries and self.damping else "",
-            f"{self.dead} dead inputs" if self.dead else "",
-            f"to nearest: {self.why_nearest}" if self.why_nearest else "",
-        ):
-            words += f", {note}" if note else ""
-        return words
-
-
-@dataclass
-class QuantizationStatistics:
-    """What was quantised, and how well."""
-
-    layers: list[LayerRecord] = field(default_factory=list)
-    weights: int = 0  # how many numbers
-    dense_bytes: int = 0
-    packed_bytes: int = 0
-    kernel: tuple[str, str] | None = None
-
-    def count(self, site: LinearSite, packed: PackedLinear) -> None:
-        stored = (packed.qweight, packed.qzeros, packed.scales, packed.g_idx)
-        self.weights += site.in_features * site.out_features
-        self.dense_bytes += site.in_features * site.out_features * packed.scales.element_size()
-        self.packed_bytes += sum(tensor.numel() * tensor.element_size() for tensor in stored)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "layers": [asdict(layer) for layer in self.layers],
-            "bits_per_weight": self.bits_per_weight,
-            "dense_bytes": self.dense_bytes,
-            "packed_bytes": self.packed_bytes,
-            "kernels": {"quantized_linear": dict(zip(("backend", "reason"), self.kernel, strict=True))}
-            if self.kernel
-            else {},
-        }
-
-    @property
-    def bits_per_weight(self) -> float:
-        """With scales, zeros and group indices."""
-        return 8 * self.packed_bytes / self.weights if self.weights else math.nan
-
-    def lines(self, method: str) -> list[str]:
-        """For the printed report."""
-        lines = [
-            f"  weights   {self.weights} in {self.bits_per_weight:.2f} bits each, all told; {self.packed_bytes} bytes, "
-            f"{self.dense_bytes} before"
-        ]
-        fallen = Counter(layer.why_nearest for layer in self.layers if layer.why_nearest)
-        lines += [f"  nearest   {n} x {why}" for why, n in fallen.most_common()]
-        if self.kernel is not None:
-            lines.append(f"  kernel    quantized_linear: {self.kernel[0]} ({self.kernel[1]})")
-        return lines + [f"  layer     {layer}" for layer in self.layers]
-
-
-# -- the method ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class OffloadedWeights:
-    """Full weights that lie on the CPU while packed ones stand in their place."""
-
-    devices: list[tuple[torch.Tensor, torch.device]]
-
-    def blocked(self) -> str | None:
-        return None
-
-    def undo(self) -> None:
-        for tensor, device in self.devices:
-            tensor.data = tensor.data.to(device)
-
-
-@dataclass
-class DroppedWeights:
-    """Full weights that are gone."""
-
-    count: int
-
-    def blocked(self) -> str | None:
-        return (
-            f"the full weights of {self.count} linears were dropped when they were quantised (original='drop'): load "
-            "the model again"
-        )
-
-    def undo(self) -> None:
-        """Never comes to it."""
-
-
 @register
 class GPTQ(Method):
     """Packed linears in the place of dense ones; see the module's docstring."""
@@ -256,6 +141,7 @@ class GPTQ(Method):
     def __init__(self, config: GPTQConfig):
         super().__init__(config)
         self.run = QuantizationStatistics()
+        self._replaces = False
 
     @classmethod
     def why_not(cls, model: Model) -> str | None:
@@ -266,6 +152,7 @@ class GPTQ(Method):
         if any(_why_not_packed(site) is None for site in sites):
             return None
         reasons = Counter([_why_not_packed(site) for site in sites] + list(skipped.values()))
+        reasons.update([_CONVOLUTION] * len(convolutions(model.module)))
         told = "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
         return f"a {what} without linears that could be quantised{f' ({told})' if told else ''}"
 
@@ -277,22 +164,48 @@ class GPTQ(Method):
                 "the model; or say rounding='nearest', which needs none",
             )  # fmt: skip
         sites = self._sites(model, report)
-        if config.rounding == "nearest":
-            for site in sites:
-                self._pack([site], None, "", ledger)
-        else:
-            self._calibrated(model, sites, ledger, report)
+        try:
+            if config.rounding == "nearest":
+                for site in sites:
+                    self._pack([site], None, "", ledger)
+                    self._finished([site], ledger)
+            else:
+                self._calibrated(model, sites, ledger, report)
+        except BaseException as error:
+            if gone := settle(ledger):
+                self._declare(model, Ledger())
+                error.add_note(
+                    f"hf_accel: gptq stopped halfway through {model.name}. {gone} linears are packed for good, their "
+                    "full weights were dropped (original='drop'); the others have theirs. The model runs and can be "
+                    "saved as it is; gptq applied again quantises the rest as an unbroken run would have."
+                )
+            raise
         places = {site.name: i for i, site in enumerate(sites)}
         self.run.layers.sort(key=lambda layer: places[layer.name])
         report.patched += [Patched(model.name, site.name, f"{config.bits}-bit {site.role} linear") for site in sites]
         report.run = self.run
-        scattered = config.act_order and not config.fixed_grids and config.group_size != -1
-        declare(
-            model.module, ledger, desc_act=scattered, sym=config.sym, damp_percent=config.damping,
-            true_sequential=config.true_sequential,
-        )  # fmt: skip
-        self._let_go_of_originals(sites, ledger)
+        self._declare(model, ledger)
+        if config.original == "offload":
+            offload(sites, ledger)
+        elif config.original == "drop" and self._replaces:
+            drop(sites, ledger)
         return self.run
+
+    def _declare(self, model: Model, ledger: Ledger) -> None:
+        config = self.config
+        declare(
+            model.module, ledger, desc_act=config.act_order and not config.fixed_grids and config.group_size != -1,
+            sym=config.sym, damp_percent=config.damping, true_sequential=config.true_sequential,
+        )  # fmt: skip
+
+    def take_over(self, former: Method) -> None:
+        """If this run fails, the former takes its place again: it needs the full weights until the end."""
+        self._replaces = True
+
+    def _finished(self, sites: Sequence[LinearSite], ledger: Ledger) -> None:
+        """Of a large model there is no room for all packed weights beside the full ones."""
+        if self.config.original == "drop" and not self._replaces:
+            drop(sites, ledger)
 
     # -- which linears -------------------------------------------------------------------------------------------
 
@@ -300,6 +213,8 @@ class GPTQ(Method):
         """The linears to quantise; those that cannot be go into the report."""
         found, skipped = survey(model.module, self.config.targets, self.config.exclude)
         reasons = dict(skipped)
+        if self.config.targets is None:
+            reasons |= dict.fromkeys(convolutions(model.module), _CONVOLUTION)
         sites = []
         for site in found:
             reason = _why_not_packed(site)
@@ -359,13 +274,14 @@ class GPTQ(Method):
                 if stored is not None:
                     self._restore(unit, *stored, ledger)
                     resumed += 1
-                    continue
-                packed: dict[str, PackedLinear] = {}
-                for stage in unit.stages():
-                    for gathered in stage:
-                        packed |= self._quantise(gathered, ledger)
-                if store is not None:
-                    self._store(store, unit, packed)
+                else:
+                    packed: dict[str, PackedLinear] = {}
+                    for stage in unit.stages():
+                        for gathered in stage:
+                            packed |= self._quantise(gathered, ledger)
+                    if store is not None:
+                        self._store(store, unit, packed)
+                self._finished(unit.sites, ledger)
         if resumed:
             report.notes.append(f"{resumed} blocks read from {given['resume_dir']}")
         fallen = [layer.name for layer in self.run.layers if layer.why_nearest]
@@ -453,7 +369,7 @@ class GPTQ(Method):
 
     def _put(self, site: LinearSite, packed: PackedLinear, record: LayerRecord, ledger: Ledger) -> None:
         replace(site, packed, ledger)
-        self.run.count(site, packed)
+        self.run.count(packed)
         self.run.layers.append(record)
         if self.run.kernel is None:
             choice = backend_for(packed.scales)
@@ -475,21 +391,6 @@ class GPTQ(Method):
             packed.load_state_dict({key: tensors[f"{site.name}.{key}"] for key in packed.state_dict()})
             self._put(site, packed, records[site.name], ledger)
 
-    # -- full weights --------------------------------------------------------------------------------------------
-
-    def _let_go_of_originals(self, sites: Sequence[LinearSite], ledger: Ledger) -> None:
-        """Last of all: until here everything can be undone."""
-        modules = [place.module for site in sites for place in (site, *site.tied)]
-        if self.config.original == "offload":
-            tensors = {id(tensor): tensor for module in modules for tensor in module.parameters()}
-            ledger.record(OffloadedWeights([(tensor, tensor.device) for tensor in tensors.values()]))
-            for tensor in tensors.values():
-                tensor.data = tensor.data.to("cpu")
-        elif self.config.original == "drop":
-            ledger.record(DroppedWeights(len(modules)))
-            for module in modules:
-                module.weight = None  # type: ignore[assignment]
-
 
 def _why_not_packed(site: LinearSite) -> str | None:
     """Why a linear stays as it is, in words."""
@@ -502,4 +403,4 @@ def _on(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | Non
     return None if tensor is None else tensor.to(device)
 
 
-__all__ = ["GPTQ", "GPTQConfig", "LayerRecord", "QuantizationStatistics"]
+__all__ = ["GPTQ", "GPTQConfig"]
