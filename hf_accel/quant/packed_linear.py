@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_accel.errors import InvalidSetting, QuantizationError
+from hf_accel.errors import InvalidSetting, NotApplicable, QuantizationError
 from hf_accel.kernels.quantized_linear import dequantize_packed, quantized_linear
 from hf_accel.quant.grid import Grid, group_index
 from hf_accel.quant.packing import CODES_PER_RUN, PACKED_BITS, pack_codes, pack_zeros, unpack_codes, unpack_zeros
@@ -160,6 +160,29 @@ class PackedLinear(nn.Module):
         told._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers: not to be filled at loading
         return told
 
+    @weight.setter
+    def weight(self, told: torch.Tensor) -> None:
+        """peft gives a layer its own weight back when it takes an adapter off. Nothing else can be put here.
+
+        Raises:
+            NotApplicable: a weight with numbers.
+        """
+        if told.shape != self.weight.shape or any(told.stride()):
+            raise NotApplicable(
+                f"A packed linear holds codes; a weight {list(told.shape)} cannot be put into it. Make a dense linear "
+                "of it (dequantize_weight), or pack the weight anew (PackedLinear.from_codes)."
+            )
+
+    @property
+    def infeatures(self) -> int:
+        """``in_features`` by AutoGPTQ's name, which is how peft asks packed layers."""
+        return self.in_features
+
+    @property
+    def outfeatures(self) -> int:
+        """``out_features``, likewise."""
+        return self.out_features
+
     def codes(self) -> torch.Tensor:
         """uint8 ``[out, in]``."""
         return unpack_codes(self.qweight, self.bits, self.in_features).t()
@@ -185,18 +208,27 @@ class PackedLinear(nn.Module):
     def run_length(self) -> int | None:
         """How many neighbouring inputs make a group, or None if ``g_idx`` says otherwise: what kernels may rely on.
 
-        Looked up once for every ``g_idx`` that this module comes to hold, because on a GPU it waits for the device;
-        and not while a graph is traced, which takes what the last eager call found.
+        Looked up once for every ``g_idx`` that this module comes to hold, because on a GPU it waits for the device. A
+        compiled graph has what was true when it was traced, and is traced anew for another ``g_idx``; numbers written
+        into the same one it notices once a call without compilation, or ``load_state_dict``, has.
         """
-        if not torch.compiler.is_compiling():
-            version = -1 if self.g_idx.is_inference() else self.g_idx._version
-            if self._inspected is not self.g_idx or self._inspected_version != version:
-                expected = group_index(self.in_features, self.group_size, self.g_idx.device)
-                self._neighbours = self.g_idx.is_meta or torch.equal(self.g_idx, expected)
-                self._inspected, self._inspected_version = self.g_idx, version
+        # An exporter that traces with tensors without values gets what is known by then.
+        if torch.compiler.is_dynamo_compiling() or not torch.compiler.is_compiling():
+            self._inspect()
+            if self._inspected is not self.g_idx:  # never at this point, which is what a compiled graph checks
+                return None
         if not self._neighbours:
             return None
         return self.in_features if self.group_size == -1 else self.group_size
+
+    @torch.compiler.assume_constant_result
+    def _inspect(self) -> None:
+        """Look at ``g_idx`` if it is another one than last time; while a graph is traced, at the real one."""
+        version = -1 if self.g_idx.is_inference() else self.g_idx._version
+        if self._inspected is not self.g_idx or self._inspected_version != version:
+            expected = group_index(self.in_features, self.group_size, self.g_idx.device)
+            self._neighbours = self.g_idx.is_meta or torch.equal(self.g_idx, expected)
+            self._inspected, self._inspected_version = self.g_idx, version
 
     def _kernel_scales(self) -> torch.Tensor:
         """Kernels take no fp64 scales, which a module that was moved to fp64 holds; they came from fewer bits."""

@@ -102,12 +102,69 @@ def test_the_kernel_is_told_whether_neighbours_make_a_group_and_looks_again_when
     assert list(module(x.to("meta")).shape) == [tokens, 64]
 
 
-def test_a_compiled_graph_gives_the_eager_output():
-    module, _ = packed_of(bits=3)
+class Graphs:
+    """A backend that runs graphs as they are and notes what the op was promised in each."""
+
+    def __init__(self):
+        self.promises: list[int | None] = []
+
+    def __call__(self, module, inputs):
+        ops = torch.ops.hf_accel.quantized_linear, torch.ops.hf_accel.quantized_linear.default
+        (node,) = (node for node in module.graph.nodes if node.target in ops)
+        self.promises.append(node.args[6])
+        return module.forward
+
+
+@pytest.mark.parametrize("group", [32, -1, 64])
+def test_the_graph_of_a_fresh_module_relies_on_neighbours(group):
+    module, weight = packed_of(bits=3, group=group)
+    graphs, x = Graphs(), gaussian(5, 96, seed=2)
+    compiled = torch.compile(module, backend=graphs, fullgraph=True)
+    for _ in range(2):
+        assert_near(compiled(x), F.linear(x, weight, module.bias))
+    assert_near(module(x), compiled(x))
+    assert graphs.promises == [96 if group == -1 else group]  # and the first graph serves on
+
+
+def test_a_compiled_graph_is_traced_anew_for_groups_in_another_order():
+    module, _ = packed_of(bits=4)
+    graphs, x = Graphs(), gaussian(5, 96, seed=2)
+    compiled = torch.compile(module, backend=graphs, fullgraph=True)
+
+    def expected():
+        grid, g_idx = module.grid(), module.g_idx.long()
+        return F.linear(x, (module.codes() - grid.zero[:, g_idx]) * grid.scale[:, g_idx], module.bias)
+
+    def assert_traced(*promises):
+        graphs.promises.clear()
+        for _ in range(2):
+            assert_near(compiled(x), expected())
+        assert graphs.promises == list(promises)
+
+    assert_traced(32)
+    flipped = module.g_idx.flip(0)
+    module._buffers["g_idx"] = flipped  # as loaders set it, and without a call in between
+    assert_traced(None)
+    module._buffers["g_idx"] = flipped.flip(0)
+    assert_traced(32)
+    module.load_state_dict({**module.state_dict(), "g_idx": flipped})
+    assert_traced(None)
+    module.load_state_dict({**module.state_dict(), "g_idx": flipped.flip(0)}, assign=True)
+    assert_traced(32)
+    module.g_idx.copy_(flipped)
+    assert module.run_length() is None
+    assert_near(compiled(x), expected())
+
+
+def test_an_exported_graph_relies_on_what_is_known():
+    module, weight = packed_of()
     x = gaussian(5, 96, seed=2)
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
-    assert_near(compiled(x), module(x))
-    assert_near(compiled(x), module(x))  # now that g_idx is known
+    for known in (None, 32):
+        program = torch.export.export(module, (x,), strict=False)
+        (node,) = (n for n in program.graph.nodes if n.target is torch.ops.hf_accel.quantized_linear.default)
+        assert node.args[6] == known
+        assert_near(program.module()(x), F.linear(x, weight, module.bias))
+        module.run_length()
 
 
 def test_autocast_as_a_dense_linear():
