@@ -24,13 +24,10 @@ from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.foreign import standing
 from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model, Target, resolve
-from hf_accel.ledger import Ledger
+from hf_accel.ledger import MARK, Ledger
 from hf_accel.method import SITE_ORDER, Given, Method, Party, conflict, takes
 from hf_accel.preset import Wanted
 from hf_accel.report import MethodReport, Report
-
-# Instance attribute of a patched model; holds its installations, so that revert() finds them, also on a deep copy.
-MARK = "_hf_accel"
 
 
 @dataclass

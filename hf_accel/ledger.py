@@ -30,6 +30,10 @@ class _Missing:
 
 MISSING = _Missing()
 
+# Instance attribute of a patched model: a list of what is installed on it, each with its ``ledger``. So undo finds
+# them, also on a deep copy.
+MARK = "_hf_accel"
+
 
 class Change(Protocol):
     """One change of a model. ``blocked()`` tells in words why it cannot be undone now, or None."""
@@ -194,3 +198,8 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self.changes)
+
+
+def changes_on(model: torch.nn.Module) -> list[Change]:
+    """Every change that is written down on a patched model, oldest first."""
+    return [change for installed in model.__dict__.get(MARK, []) for change in installed.ledger.changes]

@@ -15,7 +15,7 @@ from hf_accel.hosts.calibration import calibration_from
 from hf_accel.hosts.linears import LinearSite, find_linears
 from hf_accel.hosts.target import unwrap
 from hf_accel.kernels.hadamard import hadamard
-from hf_accel.ledger import AttributeChange, Ledger
+from hf_accel.ledger import AttributeChange, Ledger, changes_on
 from hf_accel.patches.qwha.correction import DAMPING, sparse_correction, spectral_gram
 from hf_accel.quant.packed_linear import PackedLinear
 
@@ -220,13 +220,11 @@ def _full_model(
 
 def _replaced_by_gptq(inner: torch.nn.Module) -> list[AttributeChange]:
     """The linears that gptq put packed ones in the place of, everywhere in the model."""
-    changes = [
+    return [
         change
-        for installation in inner.__dict__.get("_hf_accel", [])
-        for change in installation.ledger.changes
-        if isinstance(change, AttributeChange) and isinstance(change.new, PackedLinear)
+        for change in changes_on(inner)
+        if isinstance(change, AttributeChange) and isinstance(change.new, PackedLinear) and _has_weight(change.old)
     ]
-    return [change for change in changes if _has_weight(change.old)]
 
 
 def _has_weight(module: Any) -> bool:
