@@ -16,8 +16,8 @@ from hf_accel.errors import PresetError
 from hf_accel.hosts.target import Model
 from hf_accel.preset import Match, Node, Preset, Wanted, read, read_match, read_method
 
-Status = Literal["published", "untuned"]
-STATUSES: tuple[Status, ...] = ("published", "untuned")
+Status = Literal["published", "measured", "untuned"]
+STATUSES: tuple[Status, ...] = ("published", "measured", "untuned")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Settings:
 
     Attributes:
         wanted: method and settings.
-        status: ``"published"`` if the method's authors give them for this very model, else ``"untuned"``.
+        status: ``"published"`` if a paper or its code gives them for this very model, ``"measured"`` if we chose them
+            among others by figures in ``benchmarks/results``, else ``"untuned"``.
         reason: where they come from.
     """
 

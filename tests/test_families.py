@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import transformers
 
 from hf_accel import families, preset, registry
 from hf_accel.errors import InvalidSetting, PresetError, UnknownMethod
@@ -18,9 +19,14 @@ from hf_accel.hosts.denoisers import DENOISERS
 from hf_accel.hosts.target import Model, resolve
 from hf_accel.zoo.training.mini_sd import model as mini_sd
 
-ALL = {variant.name: variant for variant in families.variants()}
-TEXTS = {name: variant for name, variant in ALL.items() if variant.match.model_class == "SDARForCausalLM"}
-VARIANTS = {name: variant for name, variant in ALL.items() if name not in TEXTS}
+VARIANTS = {variant.name: variant for variant in families.variants()}
+
+# Classes that no library has: their configuration's defaults.
+REMOTE: dict[str, dict[str, Any]] = {
+    "SDARForCausalLM": {
+        "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32,
+    },
+}  # fmt: skip
 
 # Checkpoints: variant expected, class, where their published configuration differs from the class's defaults, source.
 WAN_14B: dict[str, Any] = {}
@@ -41,6 +47,21 @@ SDXL = {
 }  # fmt: skip
 INPAINT = {"in_channels": 9}
 COG_5B = {"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True}
+LLAMA, MISTRAL, QWEN, OPT, SDAR = (f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "OPT", "SDAR"))
+SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+def shape(*sizes: int, **more: int) -> dict[str, Any]:
+    return dict(zip(SHAPE, sizes, strict=True)) | more
+
+
+LLAMA_1 = {"max_position_embeddings": 2048}
+LLAMA_2 = {"max_position_embeddings": 4096}
+LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072}
+B7, B13 = shape(32, 4096, 11008, 32, 32), shape(40, 5120, 13824, 40, 40)
+B8, B70 = shape(32, 4096, 14336, 32, 8), shape(80, 8192, 28672, 64, 8)
+MINI_LLAMA = shape(6, 256, 384, 8, 2, vocab_size=2048, max_position_embeddings=1024)
+SDAR_8B = {"num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
 CHECKPOINTS: list[tuple[str | None, str, dict[str, Any], str]] = [
     ("wan2.1-t2v-14b-720p", WAN, WAN_14B, "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
     ("wan2.1-t2v-14b-720p", WAN, WAN_14B, ""),
@@ -105,27 +126,93 @@ CHECKPOINTS: list[tuple[str | None, str, dict[str, Any], str]] = [
     (None, UNET, SD1 | {"in_channels": 8}, "timbrooks/instruct-pix2pix"),
     (None, WAN, {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4}, ""),
     (None, "FluxTransformer2DModel", {}, "black-forest-labs/FLUX.1-dev"),
+    ("llama-7b", LLAMA, LLAMA_1 | B7, "huggyllama/llama-7b"),
+    ("llama-13b", LLAMA, LLAMA_1 | B13, "someone/my-finetune"),
+    ("llama-30b", LLAMA, LLAMA_1 | shape(60, 6656, 17920, 52, 52), "huggyllama/llama-30b"),
+    ("llama-65b", LLAMA, LLAMA_1 | shape(80, 8192, 22016, 64, 64), ""),
+    ("llama-2-7b", LLAMA, LLAMA_2 | B7, "meta-llama/Llama-2-7b-hf"),
+    ("llama-2-13b", LLAMA, LLAMA_2 | B13, "meta-llama/Llama-2-13b-chat-hf"),
+    ("llama-2-70b", LLAMA, LLAMA_2 | B70, "meta-llama/Llama-2-70b-hf"),
+    ("llama-3-8b", LLAMA, LLAMA_3 | B8 | {"max_position_embeddings": 8192}, "meta-llama/Meta-Llama-3-8B"),
+    ("llama-3.1-8b", LLAMA, LLAMA_3 | B8, "meta-llama/Llama-3.1-8B"),
+    ("llama-3.1-8b", LLAMA, LLAMA_3 | B8 | {"vocab_size": 128258}, HUB_CACHE.format("me--with-two-words-more")),
+    ("llama-3.1-8b", "LlamaModel", LLAMA_3 | B8, ""),
+    ("llama-3.1-8b", "LlamaForSequenceClassification", LLAMA_3 | B8, ""),
+    ("llama-3.1-70b", LLAMA, LLAMA_3 | B70, "meta-llama/Llama-3.3-70B-Instruct"),
+    ("llama-3.2-1b", LLAMA, LLAMA_3 | shape(16, 2048, 8192, 32, 8), "meta-llama/Llama-3.2-1B"),
+    ("llama-3.2-3b", LLAMA, LLAMA_3 | shape(28, 3072, 8192, 24, 8), "meta-llama/Llama-3.2-3B"),
+    ("mini-llama", LLAMA, MINI_LLAMA, ""),
+    ("mini-llama", "LlamaModel", MINI_LLAMA, ""),
+    (None, LLAMA, LLAMA_2 | B7 | {"max_position_embeddings": 32768}, "togethercomputer/LLaMA-2-7B-32K"),
+    (None, LLAMA, shape(2, 64, 96, 4, 2), ""),
+    (None, "LlamaModel", shape(2, 64, 96, 4, 2), "meta-llama/Llama-3.1-8B"),
+    ("mistral-7b-v0.3", MISTRAL, B8 | {"vocab_size": 32768, "sliding_window": None}, "mistralai/Mistral-7B-v0.3"),
+    ("mistral-7b", MISTRAL, B8, "mistralai/Mistral-7B-v0.1"),
+    ("mistral-7b", MISTRAL, B8 | {"vocab_size": 32002}, "Open-Orca/Mistral-7B-OpenOrca"),
+    (None, MISTRAL, shape(40, 5120, 14336, 32, 8, vocab_size=131072), "mistralai/Mistral-Nemo-Base-2407"),
+    (None, MISTRAL, shape(2, 64, 96, 4, 2), ""),
+    (None, "MixtralForCausalLM", B8, "mistralai/Mixtral-8x7B-v0.1"),
+    ("qwen2.5-0.5b", QWEN, shape(24, 896, 4864, 14, 2), "Qwen/Qwen2.5-0.5B"),
+    ("qwen2.5-1.5b", QWEN, shape(28, 1536, 8960, 12, 2), "Qwen/Qwen2.5-1.5B"),
+    ("qwen2.5-3b", QWEN, shape(36, 2048, 11008, 16, 2), "Qwen/Qwen2.5-3B"),
+    ("qwen2.5-7b", QWEN, shape(28, 3584, 18944, 28, 4), "Qwen/Qwen2.5-7B-Instruct"),
+    ("qwen2.5-14b", QWEN, shape(48, 5120, 13824, 40, 8), "Qwen/Qwen2.5-14B"),
+    ("qwen2.5-32b", QWEN, shape(64, 5120, 27648, 40, 8), "Qwen/Qwen2.5-32B"),
+    ("qwen2.5-72b", QWEN, shape(80, 8192, 29568, 64, 8), "Qwen/Qwen2.5-72B-Instruct"),
+    (None, QWEN, B7, "Qwen/Qwen1.5-7B-Chat"),
+    ("opt-125m", OPT, {}, "facebook/opt-125m"),
+    (
+        "opt-66b", OPT,
+        {"num_hidden_layers": 64, "hidden_size": 9216, "ffn_dim": 36864, "num_attention_heads": 72}, "facebook/opt-66b",
+    ),
+    (None, OPT, {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24}, "facebook/opt-350m"),
+    ("trado-8b-instruct", SDAR, SDAR_8B, "Gen-Verse/TraDo-8B-Instruct"),
+    ("trado-8b-instruct", SDAR, SDAR_8B, HUB_CACHE.format("Gen-Verse--TraDo-8B-Instruct")),
+    ("sdar-8b-chat", SDAR, SDAR_8B, "JetLM/SDAR-8B-Chat"),
+    ("sdar-8b-chat", SDAR, SDAR_8B, "someone/my-finetune"),
+    (None, SDAR, SDAR_8B | {"hidden_size": 2560}, "Gen-Verse/TraDo-4B-Instruct"),
+    ("mini-sdar", SDAR, {"num_hidden_layers": 4, "hidden_size": 128}, ""),
 ]  # fmt: skip
 
 
 class Checkpoint(torch.nn.Module):
-    """Stands for a checkpoint: the configuration of a diffusers class without its weights."""
+    """Stands for a checkpoint: the configuration of a class without its weights."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = config
 
 
+def owner(class_name: str) -> str:
+    """The library that has a class; "remote" if it comes with checkpoints."""
+    if class_name in REMOTE:
+        return "remote"
+    return "diffusers" if hasattr(diffusers, class_name) else "transformers"
+
+
 @cache
 def defaults(class_name: str) -> dict[str, Any]:
+    if owner(class_name) == "remote":
+        return REMOTE[class_name]
+    if owner(class_name) == "transformers":
+        # What all models of a kind derive from has no configuration; each of them has the same.
+        name = class_name.replace("PreTrainedModel", "ForCausalLM")
+        return getattr(transformers, name).config_class().to_dict()
     parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "self"}
 
 
 def checkpoint(class_name: str, changes: dict[str, Any], source: str = "") -> Model:
-    assert set(changes) <= set(defaults(class_name)), "no such field in diffusers' configuration"
-    config = defaults(class_name) | changes | ({"_name_or_path": source} if source else {})
-    return Model("transformer", type(class_name, (Checkpoint,), {})(config))
+    assert set(changes) <= set(defaults(class_name)), "no such field in the class's configuration"
+    if owner(class_name) != "transformers":
+        config = defaults(class_name) | changes | ({"_name_or_path": source} if source else {})
+        return Model("transformer", type(class_name, (Checkpoint,), {})(config))
+    cls = getattr(transformers, class_name)
+    module = cls.__new__(cls)  # the class and its configuration, without 65 billion weights
+    torch.nn.Module.__init__(module)
+    module.config = cls.config_class(**changes)
+    module.config._name_or_path = source
+    return Model("model", module)
 
 
 @pytest.mark.parametrize(("expected", "class_name", "changes", "source"), CHECKPOINTS)
@@ -143,8 +230,13 @@ def test_a_checkpoint_is_recognised(
 
 
 def test_every_variant_is_reached_by_a_checkpoint_or_by_name_only() -> None:
-    by_name_only = {"wan2.1-t2v-14b-480p", "hunyuanvideo-t2v-480p", "mini-wan-64px", "mini-sd-64px"}
-    assert {c[0] for c in CHECKPOINTS if c[0]} | by_name_only == set(VARIANTS)
+    by_name_only = {
+        "wan2.1-t2v-14b-480p", "hunyuanvideo-t2v-480p", "mini-wan-64px", "mini-sd-64px", "llama-3.1-8b-2bit",
+        "llama-3.2-3b-2bit", "mistral-7b-v0.3-2bit", "mini-llama-2bit",
+    }  # fmt: skip
+    reached = {c[0] for c in CHECKPOINTS if c[0]}
+    assert reached | by_name_only == set(VARIANTS)
+    assert not reached & by_name_only
 
 
 def test_both_experts_of_a_pipeline_get_settings() -> None:
@@ -182,43 +274,41 @@ def test_the_miniature_of_stable_diffusion_is_recognised() -> None:
     assert variant.name == "mini-sd-64px"
 
 
-@pytest.mark.parametrize(
-    ("expected", "changes", "source"),
-    [
-        ("trado-8b-instruct", {}, "Gen-Verse/TraDo-8B-Instruct"),
-        ("trado-8b-instruct", {}, HUB_CACHE.format("Gen-Verse--TraDo-8B-Instruct")),
-        ("sdar-8b-chat", {}, "JetLM/SDAR-8B-Chat"),
-        ("sdar-8b-chat", {}, "someone/my-finetune"),
-        (None, {"hidden_size": 2560}, "Gen-Verse/TraDo-4B-Instruct"),
-    ],
-)
-def test_a_block_diffusion_checkpoint_is_recognised(expected: str | None, changes: dict[str, Any], source: str) -> None:
-    sizes = {"num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
-    config = sizes | {"_name_or_path": source} | changes
-    variant = families.recommend(Model("model", type("SDARForCausalLM", (Checkpoint,), {})(config)))
-    assert (variant.name if variant else None) == expected
-    if variant is not None:
-        settings: Any = variant.methods[0].wanted.config
-        assert (variant.methods[0].wanted.method, settings.budget, settings.page_size) == ("losa", 512, 16)
-        assert [method.status for method in variant.methods] == ["published", "published"]
+@pytest.mark.parametrize("name", ["trado-8b-instruct", "sdar-8b-chat"])
+def test_a_block_diffusion_checkpoint_gets_the_published_rows(name: str) -> None:
+    settings: Any = VARIANTS[name].methods[0].wanted.config
+    assert (VARIANTS[name].methods[0].wanted.method, settings.budget, settings.page_size) == ("losa", 512, 16)
+    assert [method.status for method in VARIANTS[name].methods] == ["published", "published"]
 
 
 # -- the shipped files ---------------------------------------------------------------------------------------------
 
 
+# What must be said about the use of settings, by who has the class: of all rows, and of published ones. Weights in few
+# bits (transformers) suit every use.
+USES: dict[str, tuple[set[str], set[str]]] = {
+    "diffusers": ({"resolution"}, {"resolution", "frames", "tokens", "steps"}),
+    "transformers": (set(), set()),
+    "remote": ({"tokens"}, {"tokens"}),
+}
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_sound(name: str) -> None:
     variant = VARIANTS[name]
-    cls = getattr(diffusers, variant.match.model_class)
-    assert variant.match.model_class in DENOISERS, "no reader of this class's token grid in hosts/"
-    assert set(variant.match.config) <= set(inspect.signature(cls.__init__).parameters)
-    use = variant.meant_for
+    library = owner(variant.match.model_class)
+    if library == "diffusers":
+        assert variant.match.model_class in DENOISERS, "no reader of this class's token grid in hosts/"
+    assert set(variant.match.config) <= set(defaults(variant.match.model_class))
+    use = set(variant.meant_for)
+    always, if_published = USES[library]
+    assert always <= use
     for settings in variant.methods:
         assert settings.reason
         assert settings.wanted.origin == f"configs/{variant.family}.yaml: {name} ({settings.status})"
         if settings.status == "published":
-            assert {"resolution", "frames", "tokens", "steps"} <= set(use)
-    assert re.fullmatch(r"\d+x\d+", str(use["resolution"]))
+            assert if_published <= use
+    assert re.fullmatch(r"\d+x\d+", str(variant.meant_for.get("resolution", "1x1")))
 
 
 # Published rows as the authors print them: clusters, top_p, least share, dense steps of all, dense layers of all.
@@ -243,9 +333,40 @@ PUBLISHED_CACHES = {
 }
 
 
+# Of losa: the models of its paper.
+PUBLISHED_BUDGETS = {"trado-8b-instruct", "sdar-8b-chat"}
+
+# Of gptq: bits, group, order by activity, grids fixed beforehand, linears one after the other, MagR, sweeps.
+PUBLISHED_BITS = {
+    "llama-7b": (4, -1, True, False, True, False, 0),
+    "llama-13b": (4, -1, True, False, True, False, 0),
+    "llama-30b": (4, -1, True, False, True, False, 0),
+    "llama-65b": (4, -1, True, False, True, False, 0),
+    "opt-125m": (4, -1, False, False, False, False, 0),
+    "opt-66b": (4, -1, True, False, False, False, 0),
+    "llama-3.1-8b": (4, 64, False, True, False, True, 1),
+    "llama-3.1-8b-2bit": (2, 64, False, True, False, True, 30),
+    "llama-3.2-3b": (4, 64, False, True, False, True, 1),
+    "llama-3.2-3b-2bit": (2, 64, False, True, False, True, 30),
+    "mistral-7b-v0.3": (4, 64, False, True, False, True, 1),
+    "mistral-7b-v0.3-2bit": (2, 64, False, True, False, True, 30),
+}
+
+
 def test_the_published_rows_are_those_and_no_others() -> None:
     published = {n for n, v in VARIANTS.items() if v.methods[0].status == "published"}
-    assert published == set(PUBLISHED) | set(PUBLISHED_CACHES)
+    assert published == set(PUBLISHED) | set(PUBLISHED_CACHES) | PUBLISHED_BUDGETS | set(PUBLISHED_BITS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_BITS)
+def test_published_bits_mean_what_the_authors_ran(name: str) -> None:
+    config: Any = VARIANTS[name].methods[0].wanted.config
+    assert PUBLISHED_BITS[name] == (
+        config.bits, config.group_size, config.act_order, config.fixed_grids, config.true_sequential, config.magr,
+        config.coordinate_descent,
+    )  # fmt: skip
+    assert (config.damping, config.samples, config.sequence_length) == (0.01, 128, 2048)
+    assert (config.sym, config.search, config.shrink, config.magr_alpha) == (False, False, 1.0, None)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_CACHES)
@@ -284,7 +405,7 @@ def test_clusters_hold_a_sensible_number_of_tokens(name: str) -> None:
 
 def test_every_variant_is_a_shipped_preset_without_its_source() -> None:
     shipped = families.shipped_presets()
-    assert list(shipped) == list(ALL)
+    assert list(shipped) == list(VARIANTS)
     assert not set(shipped) & set(registry.methods())
     assert not any(preset.is_reference(name) for name in shipped)
     for name, variant in VARIANTS.items():
@@ -298,7 +419,7 @@ def test_every_variant_is_a_shipped_preset_without_its_source() -> None:
 
 def test_the_files_travel_with_the_package() -> None:
     folder = importlib.resources.files("hf_accel") / "configs"
-    assert {f"{v.family}.yaml" for v in ALL.values()} == {f.name for f in folder.iterdir()}
+    assert {f"{v.family}.yaml" for v in VARIANTS.values()} == {f.name for f in folder.iterdir()}
 
 
 # -- files that are wrong ------------------------------------------------------------------------------------------
@@ -334,7 +455,7 @@ def test_a_family_file_is_read_in_full() -> None:
         ("steps: 1", "step: 1", PresetError, "unknown key 'variants[0].meant_for.step'"),
         ("frames: 1", "frames: 1.5", PresetError, "at 'variants[0].meant_for.frames': expected a whole number"),
         ("guidance: 1", "guidance: high", PresetError, "at 'variants[0].meant_for.guidance': expected a number"),
-        ("status: untuned", "status: tuned", PresetError, "expected one of published, untuned; got 'tuned'"),
+        ("status: untuned", "status: tuned", PresetError, "expected one of published, measured, untuned; got 'tuned'"),
         ("reason: none, ", "", PresetError, "key 'variants[0].methods[0].reason' is missing"),
         ("top_p: 0.5", "top_p: 5", InvalidSetting, "at 'variants[0].methods[0]': svg2: setting 'top_p' must be"),
         ("method: dense", "method: dence", UnknownMethod, "at 'variants[0].methods[1].method': 'dence' is neither"),
