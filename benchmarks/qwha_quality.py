@@ -5,10 +5,10 @@
 Bases are mini-llama quantised by MagR + GPTQ + coordinate descent (30 sweeps at 2 bits, else 1), calibrated on its
 training files. Every adapter has ``r (m + n)`` trained numbers in each linear and stands on the same dequantised base,
 frozen in fp32. All are trained by AdamW on the same batches, the mean of the losses of items of the zoo's tasks and of
-windows of its training files. Learning rates are half a decade apart; beginning with ``--lr`` and its neighbours the
-search goes on until the best has a worse one on either side. The best is chosen by answers to items that are neither
-trained nor reported. Reported are perplexity on held-out files and answers right on held-out items (every token of the
-answer, greedy), before tuning and after.
+windows of its training files. Learning rates are half a decade apart; beginning with ``--lr``, or with the best of
+another width, the search goes on until the best has a worse one on either side. The best is chosen by answers to items
+that are neither trained nor reported. Reported are perplexity on held-out files and answers right on held-out items
+(every token of the answer, greedy), before tuning and after.
 
 Runs that the JSON file holds already are not done again, and several processes may write one file: give each its own
 ``--bits`` or ``--methods``.
@@ -205,8 +205,10 @@ SETTINGS = ("rank", "steps", "batch", "rows", "items", "calibration", "text", "w
 class Runs:
     """What was found so far, in a file that several processes write, or in memory without one."""
 
-    def __init__(self, file: Path | None, told: dict[str, Any]):
+    def __init__(self, file: Path | None, told: dict[str, Any], again: bool):
         self.file = file
+        if again and file is not None:
+            file.unlink(missing_ok=True)
         self.data: dict[str, Any] = {**told, "bases": [], "runs": []}
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +216,7 @@ class Runs:
                 pass
             changed = [name for name in SETTINGS if self.data[name] != told[name]]
             if changed:
-                sys.exit(f"{file} was made with other {', '.join(changed)}: give another file")
+                sys.exit(f"{file} was made with other {', '.join(changed)}: give another file, or --again")
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
@@ -237,6 +239,11 @@ class Runs:
         with self._held():
             self.data[kind].append(record)
 
+    def conclude(self) -> None:
+        """Note the best runs of all that are there."""
+        with self._held():
+            self.data["best"] = best_runs(self.data)
+
 
 def half_decade(lr: float, steps: int) -> float:
     """The learning rate so many half decades further, in two digits so that it is found again."""
@@ -245,10 +252,10 @@ def half_decade(lr: float, steps: int) -> float:
 
 def search(run: Callable[[float], float], lr: float, most: int) -> None:
     """Call ``run`` until its best learning rate has a worse one on either side, at most ``most`` times."""
-    found = {step: run(half_decade(lr, step)) for step in (0, 1)}
+    found = {0: run(lr)}
     while len(found) < most:
         best = max(found, key=found.__getitem__)
-        step = next((step for step in (best - 1, best + 1) if step not in found), None)
+        step = next((step for step in (best + 1, best - 1) if step not in found), None)
         if step is None:
             return
         found[step] = run(half_decade(lr, step))
@@ -262,14 +269,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16, help="items in a step")
     parser.add_argument("--rows", type=int, default=2, help="windows of text in a step")
-    parser.add_argument("--lr", type=float, default=1e-2, help="where the search begins")
-    parser.add_argument("--most", type=int, default=5, help="learning rates of one adapter")
+    parser.add_argument("--lr", type=float, default=1e-2, help="where the search begins at the first width")
+    parser.add_argument("--most", type=int, default=5, help="learning rates of one adapter and width")
     parser.add_argument("--items", type=int, default=1200, help="held-out items that are reported, and to choose by")
     parser.add_argument("--calibration", type=int, default=128, help="windows of 256 tokens for Gram matrices")
     parser.add_argument("--text", type=int, default=1024, help="windows of 256 tokens to train on")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--again", action="store_true", help="forget what the file holds")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -294,7 +302,7 @@ def main() -> int:
 
     told = {name: getattr(options, name) for name in SETTINGS}
     told |= {"machine": describe_machine(torch.device("cpu")), "group_size": GROUP, "full": judged(model)}
-    runs = Runs(options.json, told)
+    runs = Runs(options.json, told, options.again)
     grams = grams_of(model, calibration)
     for bits in options.bits:
         base = quantised(model, bits, calibration)
@@ -317,14 +325,16 @@ def main() -> int:
                 print(f"{bits} {method} lr {lr:g}: {found['start']} -> {found['tuned']}", flush=True)
                 return float(found["chosen_by"])
 
-            search(run, options.lr, options.most)
+            known = [one for one in best_runs(runs.data) if one["method"] == method]
+            search(run, known[0]["lr"] if known else options.lr, options.most)
+    runs.conclude()
     print(report(runs.data))
     return 0
 
 
 def best_runs(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Of every width and method, in the order of the table, the run at the best learning rate; ``edge`` tells whether
-    that is the highest or the lowest of those tried, or None."""
+    that is the highest, the lowest or the only one tried, or None."""
     found = []
     for bits in sorted({run["bits"] for run in data["runs"]}, reverse=True):
         for method in METHODS:
@@ -332,7 +342,7 @@ def best_runs(data: dict[str, Any]) -> list[dict[str, Any]]:
             if runs:
                 best = max(runs, key=lambda run: run["chosen_by"])
                 rates = [run["lr"] for run in runs]
-                edge = {max(rates): "highest", min(rates): "lowest"}.get(best["lr"])
+                edge = {max(rates): "highest", min(rates): "lowest"}.get(best["lr"]) if rates[1:] else "only"
                 found.append({**best, "edge": edge})
     return found
 
@@ -350,7 +360,7 @@ def report(data: dict[str, Any]) -> str:
         + [""] * 4
         for base in data["bases"]
     ]
-    for run in best_runs(data):
+    for run in data["best"]:
         start, tuned = run["start"], run["tuned"]
         rows.append(
             [
