@@ -1,4 +1,7 @@
-"""QWHA adapters for peft. Importing this package registers them, for peft, transformers and diffusers alike.
+"""QWHA adapters for peft, and peft's own adapters on packed linears of ours.
+
+Importing this package registers QWHA for peft, transformers and diffusers alike, and lets LoRA and some others of
+peft's tuners take packed linears as they take other libraries' (:mod:`hf_accel.peft.seam`).
 
 >>> import hf_accel.peft
 >>> from peft import get_peft_model
@@ -16,9 +19,12 @@ QWHA = add_peft_type("QWHA")
 
 from hf_accel.peft.config import QWHAConfig  # noqa: E402 (a configuration names its type)
 from hf_accel.peft.layer import QWHALinear  # noqa: E402
+from hf_accel.peft.lora import PackedLoraLinear  # noqa: E402
 from hf_accel.peft.model import QWHAModel, merge_into_dense  # noqa: E402
+from hf_accel.peft.seam import extend_peft  # noqa: E402
 
 if QWHA not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="qwha", config_cls=QWHAConfig, model_cls=QWHAModel)
+extend_peft()
 
-__all__ = ["QWHAConfig", "QWHALinear", "QWHAModel", "merge_into_dense"]
+__all__ = ["PackedLoraLinear", "QWHAConfig", "QWHALinear", "QWHAModel", "merge_into_dense"]

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
@@ -35,19 +34,6 @@ class QWHAModel(BaseTuner):
     prefix = "qwha_"
     tuner_layer_cls = QWHALinear
     target_module_mapping = TARGET_MODULES
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        config: Any = super()._prepare_adapter_config(peft_config, model_config)
-        targets = config.target_modules
-        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            packed = {name for name, module in self.model.named_modules() if isinstance(module, PackedLinear)}
-            if packed:  # which peft, going by nn.Linear, would leave out
-                from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-
-                head = getattr(self.model, "get_output_embeddings", lambda: None)()
-                config = _maybe_include_all_linear_layers(config, self.model)
-                config.target_modules |= {name for name in packed if self.model.get_submodule(name) is not head}
-        return config
 
     def _create_and_replace(
         self,
@@ -170,7 +156,8 @@ def _weighted(name: str, layer: QWHALinear, parts: list[tuple[str, float]], kind
 def merge_into_dense(
     model: nn.Module, adapter_names: Sequence[str] | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
-    """Dequantise every packed linear of ours and merge the adapters: a dense model without adapters, changed in place.
+    """Dequantise every packed linear of ours and merge the adapters, QWHA's and peft's: a dense model without adapters,
+    changed in place.
 
     Base and update are added in fp32 and rounded once to ``dtype``. What is not packed keeps its dtype.
 
@@ -181,19 +168,21 @@ def merge_into_dense(
 
     Returns:
         The model that was wrapped.
+
+    Raises:
+        NotImplementedError: of peft, for adapters that are no change of a weight (aLoRA).
     """
+    names = None if adapter_names is None else list(adapter_names)
     for parent in list(model.modules()):
+        if isinstance(parent, BaseTunerLayer):
+            continue
         for attribute, child in list(parent.named_children()):
-            if isinstance(child, QWHALinear):
-                names = [n for n in adapter_names or child.active_adapters if n in child.qwha_values]
-                base = child.get_base_layer()
-                if isinstance(base, PackedLinear) and child.base_layer is base:
-                    setattr(parent, attribute, _dense(base, child.merged_weight(names, dtype=dtype)))
-                else:
-                    if set(child.merged_adapters) != set(names):
-                        child.merge(adapter_names=names)
-                    setattr(parent, attribute, child.base_layer)
-            elif isinstance(child, PackedLinear) and not isinstance(parent, QWHALinear):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, attribute, _merged(child, names, dtype))
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                plain = child.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=names)
+                setattr(parent, attribute, plain)
+            elif isinstance(child, PackedLinear):
                 setattr(parent, attribute, _dense(child, child.dequantize_weight(dtype)))
     inner: Any = unwrap(model)
     for name in ("peft_config", "hf_quantizer"):
@@ -205,6 +194,26 @@ def merge_into_dense(
     if getattr(inner, "is_quantized", False):
         inner.is_quantized = False
     return inner
+
+
+def _merged(layer: BaseTunerLayer, adapter_names: list[str] | None, dtype: torch.dtype) -> nn.Module:
+    """The base of a layer with its adapters merged; of a layer around a layer, the inner one's first."""
+    tuners: list[Any] = [layer]
+    while isinstance(tuners[-1].base_layer, BaseTunerLayer):
+        tuners.append(tuners[-1].base_layer)
+    packed = tuners[-1].base_layer
+    if isinstance(packed, PackedLinear):
+        tuners[-1].base_layer = _dense(packed, packed.dequantize_weight(torch.float32))
+        for tuner in tuners:
+            tuner.quantization_backend = None
+    for tuner in reversed(tuners):
+        wanted = tuner.active_adapters if adapter_names is None else adapter_names
+        if not set(tuner.merged_adapters) <= set(wanted):
+            tuner.unmerge()
+        if set(tuner.merged_adapters) != set(wanted):
+            tuner.merge(adapter_names=wanted)
+    base: Any = layer.get_base_layer()
+    return base.to(dtype) if isinstance(packed, PackedLinear) else base
 
 
 def _dense(packed: PackedLinear, weight: torch.Tensor) -> nn.Linear:
