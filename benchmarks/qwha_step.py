@@ -82,15 +82,12 @@ def pack(dense: nn.Linear, bits: int, group_size: int = 32) -> PackedLinear:
 def adapted(shape: Shape, bits: int, form: str, device: torch.device) -> nn.Module | None:
     """The stack with adapters of one form on every linear, or None where the form takes no such base."""
     from peft import FourierFTConfig, LoraConfig, get_peft_model
-    from peft.tuners.lora.layer import Linear as LoraLinear
 
     stack = Stack(shape, bits, device)
     names = [name for name, module in stack.named_modules() if isinstance(module, nn.Linear | PackedLinear)]
     config: Any
     if form == "LoRA":
         config = LoraConfig(r=shape.rank, target_modules=names, init_lora_weights=False)
-        if bits:
-            config._register_custom_module({PackedLinear: LoraLinear})
     elif form == "FourierFT":
         if bits or len(set(shape.sizes)) > 1:  # plain Linear only, one number of coefficients for all
             return None
