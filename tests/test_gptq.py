@@ -241,6 +241,33 @@ def test_a_hopeless_gram_is_rounded_to_nearest_and_says_so():
     assert torch.equal(ours.codes, round_to_nearest(weight, scheme).codes)
 
 
+def test_a_factor_that_overflows_is_none():
+    """H = R R^T with ones on R's diagonal and 1e5 beside it: R^-1 ends in 1e5^63."""
+    upper = EYE + 1e5 * torch.diag(torch.ones(63, dtype=torch.float64), 1)
+    gram = upper @ upper.T
+    assert inverse_factor(gram, 0.0) is None
+    assert inverse_factor(gram, 0.01) is not None
+    ours = gptq_solve(problem()[0], gram, Scheme.grouped(INT4, 16), damping=0.0)
+    assert (ours.rounding, ours.retries) == ("gptq", 1)
+
+
+def test_inputs_that_were_never_seen_at_all_leave_nothing():
+    weight, gram = problem()
+    scheme = Scheme.grouped(INT4, 16)
+    ours = gptq_solve(weight, 0 * gram, scheme)
+    assert (ours.rounding, ours.retries, ours.dead) == ("gptq", 0, 64)
+    assert not bool(ours.weight(scheme).any())
+
+
+def test_the_loss_to_nearest_is_half_the_error_of_the_output():
+    weight, gram = problem()
+    scheme = Scheme.grouped(INT3, 16)
+    nearest = round_to_nearest(weight, scheme, gram=gram)
+    error = weight - nearest.weight(scheme)
+    assert torch.allclose(nearest.loss, (error @ gram * error).sum(1) / 2)
+    assert bool(round_to_nearest(weight, scheme).loss.isnan().all())
+
+
 def test_more_inputs_than_tokens():
     weight, gram = problem(tokens=10, rank=4, dtype=torch.float32)
     ours = gptq_solve(weight, gram, Scheme.grouped(INT4, 16))
