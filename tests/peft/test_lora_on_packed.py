@@ -233,6 +233,42 @@ def test_several_adapters(base):
     assert torch.allclose(run(only_c, "llama"), run(model, "llama"), atol=1e-5)
 
 
+@torch.no_grad()
+def test_other_ways_of_peft_to_the_same(base, tmp_path):
+    model = adapt(copy.deepcopy(base), lora())
+    ours = run(model, "llama")
+    assert torch.allclose(run(torch.compile(model, backend="aot_eager"), "llama"), ours, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    sparing = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(run(sparing.eval(), "llama"), ours)
+    inside = copy.deepcopy(base)
+    inside.load_adapter(tmp_path)
+    assert torch.equal(run(inside.eval(), "llama"), ours)
+
+
+@torch.no_grad()
+def test_tuners_mixed(base):
+    model = get_peft_model(copy.deepcopy(base), lora(), mixed=True)
+    model.add_adapter("turned", KINDS["oft"]())
+    model.set_adapter(["default", "turned"])
+    ours = run(stir(model), "llama")
+    assert len({type(layer) for layer in tuners_of(model)}) == 2
+    with pytest.raises(NotApplicable, match="merge_into_dense"):
+        model.merge_adapter()
+    assert torch.allclose(run(merge_into_dense(model, dtype=torch.float32), "llama"), ours, atol=1e-5)
+
+
+def test_eva_looks_at_inputs(base):
+    config = lora(init_lora_weights="eva", eva_config=peft.EvaConfig())
+    model = get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)
+    batch = {"input_ids": torch.randint(0, 101, (8, 9), generator=torch.Generator().manual_seed(2))}
+    peft.initialize_lora_eva_weights(model, [batch] * 2, show_progress_bar=False)
+    for layer in tuners_of(model):
+        a = layer.lora_A["default"].weight
+        assert torch.allclose(a @ a.T, torch.eye(len(a)), atol=1e-4)  # singular vectors
+    assert torch.equal(run(model.eval(), "llama"), run(base, "llama"))
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -517,6 +553,8 @@ def test_a_trainer_takes_it_and_refuses_the_base_alone(tmp_path):
     assert loaded.hf_quantizer.is_trainable
     with pytest.raises(ValueError, match="purely quantized"):
         trainer(loaded, tmp_path / "no")
+    loaded = peft.prepare_model_for_kbit_training(loaded)
+    assert loaded.is_gradient_checkpointing
     model = get_peft_model(loaded, lora(target_modules="all-linear"))
     run_ = trainer(model, tmp_path / "run")
     run_.train()
