@@ -24,7 +24,7 @@ from hf_accel.hosts.clock import Clock
 from hf_accel.hosts.foreign import standing
 from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model, Target, resolve
-from hf_accel.ledger import MARK, Ledger
+from hf_accel.ledger import MARK, Change, Ledger
 from hf_accel.method import SITE_ORDER, Given, Method, Party, conflict, takes
 from hf_accel.preset import Wanted
 from hf_accel.report import MethodReport, Report
@@ -421,20 +421,24 @@ def _install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Mod
     replaced = [
         (model, old) for model, wanted in plan for old in _marks(model.module) if old.method.name == wanted.method
     ]
-    _undo(replaced)
+    # Put back as they are, not made anew, if what replaces them fails: some took hours, or were trained since.
+    standing = [(model, _marks(model.module), [*_marks(model.module)]) for model, _ in replaced]
+    undone = _undo(replaced)
     # One clock per method, shared by the models of a pipeline: every installation accounts for every forward itself.
     clocks = {wanted.method: Clock(target.pipeline) for _, wanted in plan}
     former = {(model.name, old.method.name): old.method for model, old in replaced}
     done: list[tuple[Model, Installation]] = []
     try:
         for model, wanted in plan:
-            before = former.get((model.name, wanted.method))
-            done.append((model, _put(model, wanted, clocks[wanted.method], before)))
+            earlier = former.get((model.name, wanted.method))
+            done.append((model, _put(model, wanted, clocks[wanted.method], earlier)))
     except BaseException:
         _undo(done)
-        for model, old in replaced:
-            again = Wanted(old.method.name, old.method.config, old.report.origin, old.method.given)
-            _put(model, again, clocks[old.method.name], old.method)
+        for (_, old), changes in zip(replaced, undone, strict=True):
+            old.ledger.redo(changes)
+        for model, marks, before in standing:
+            marks[:] = before
+            model.module.__dict__[MARK] = marks
         raise
     return done
 
@@ -460,8 +464,8 @@ def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = Non
     return installation
 
 
-def _undo(installed: list[tuple[Model, Installation]]) -> None:
-    """Undo in reverse order, all or nothing."""
+def _undo(installed: list[tuple[Model, Installation]]) -> list[list[Change]]:
+    """Undo in reverse order, all or nothing. Returns what was undone of each."""
     reasons = []
     for place, (model, installation) in enumerate(installed):
         try:
@@ -470,12 +474,14 @@ def _undo(installed: list[tuple[Model, Installation]]) -> None:
             reasons.append(f"{installation.method.name} on {model.name}: {refused}")
     if reasons:
         raise RevertRefused(" ".join(reasons))
+    undone = []
     for model, installation in reversed(installed):
-        installation.ledger.undo()
+        undone.append(installation.ledger.undo())
         marks = _marks(model.module)
         marks[:] = [other for other in marks if other is not installation]
         if not marks:
             model.module.__dict__.pop(MARK, None)
+    return undone[::-1]
 
 
 __all__ = ["Applied", "Explanation", "HFAccelError", "Pair", "Verdict", "apply", "explain", "methods", "revert"]

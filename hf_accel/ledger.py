@@ -6,7 +6,7 @@ ledger that speaks of the copy, and the copy can be reverted on its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +41,10 @@ class Change(Protocol):
     def blocked(self) -> str | None: ...
 
     def undo(self) -> None: ...
+
+    def redo(self) -> None:
+        """Make the change, on a model that is as it was before it."""
+        ...
 
 
 def own_attribute(target: Any, name: str) -> Any:
@@ -87,6 +91,9 @@ class AttributeChange:
         else:
             setattr(self.target, self.name, self.old)
 
+    def redo(self) -> None:
+        setattr(self.target, self.name, self.new)
+
 
 @dataclass
 class HookChange:
@@ -95,7 +102,14 @@ class HookChange:
     module: torch.nn.Module
     store: str
     hook: Any
-    key: int
+    key: int = -1
+
+    def redo(self) -> None:
+        if self.store == "_forward_pre_hooks":
+            handle = self.module.register_forward_pre_hook(self.hook, with_kwargs=True)
+        else:
+            handle = self.module.register_forward_hook(self.hook, with_kwargs=True, always_call=True)
+        self.key = handle.id
 
     def blocked(self) -> str | None:
         return None  # hooks commute: one that is gone already needs no undo
@@ -114,6 +128,10 @@ class Lease(Protocol):
     @property
     def release(self) -> Callable[[], Any]: ...
 
+    def renew(self) -> Lease:
+        """The same registration once more, after it was given back."""
+        ...
+
 
 @dataclass
 class LeaseChange:
@@ -126,6 +144,9 @@ class LeaseChange:
 
     def undo(self) -> None:
         self.lease.release()
+
+    def redo(self) -> None:
+        self.lease = self.lease.renew()
 
 
 class Ledger:
@@ -161,13 +182,11 @@ class Ledger:
 
     def pre_hook(self, module: torch.nn.Module, hook: Any) -> None:
         """Register a forward pre-hook ``hook(module, args, kwargs)``. ``hook`` must be an object, not a closure."""
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-        self.changes.append(HookChange(module, "_forward_pre_hooks", hook, handle.id))
+        self.redo([HookChange(module, "_forward_pre_hooks", hook)])
 
     def post_hook(self, module: torch.nn.Module, hook: Any) -> None:
         """Register a forward hook ``hook(module, args, kwargs, output)`` that also runs after an exception."""
-        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=True)
-        self.changes.append(HookChange(module, "_forward_hooks", hook, handle.id))
+        self.redo([HookChange(module, "_forward_hooks", hook)])
 
     def hold(self, lease: Lease) -> None:
         """Keep a registration in another library until undo."""
@@ -190,11 +209,24 @@ class Ledger:
                 "then call revert() again. Nothing was changed."
             )
 
-    def undo(self) -> None:
-        """Undo everything in reverse order, or raise :class:`RevertRefused` and undo nothing."""
+    def undo(self) -> list[Change]:
+        """Undo everything in reverse order, or raise :class:`RevertRefused` and undo nothing.
+
+        Returns:
+            What was undone, for :meth:`redo`.
+        """
         self.check()
+        undone = []
         while self.changes:
-            self.changes.pop().undo()
+            undone.append(self.changes.pop())
+            undone[-1].undo()
+        return undone[::-1]
+
+    def redo(self, changes: Iterable[Change]) -> None:
+        """Make changes and write them down; those that :meth:`undo` gave back, on the model as that left it."""
+        for change in changes:
+            change.redo()
+            self.changes.append(change)
 
     def __len__(self) -> int:
         return len(self.changes)

@@ -67,6 +67,7 @@ def test_a_failing_replacement_leaves_the_first(model, monkeypatch):
         hf_accel.apply(model, "svg2", top_p=0.8)
     assert marks(model) == ["svg2"]
     assert model.__dict__["_hf_accel"][0].method.config.top_p == 0.5
+    assert applied.active
     hf_accel.revert(model)
     assert not marks(model)
     assert not applied.active

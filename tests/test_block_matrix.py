@@ -15,7 +15,7 @@ import test_prefix_cache as llada2_pipeline
 import tiny_text
 import torch
 from standins import dream, llada
-from test_method_matrix import equal, fingerprint
+from test_method_matrix import equal, fingerprint, keys_aside
 from transformers import DynamicCache
 
 import hf_accel
@@ -235,6 +235,20 @@ def test_applying_twice_replaces(case):
     assert not first.active
     assert same(method, generate(model, family), once)
     second.revert()
+    assert fingerprint(model) == before
+
+
+def test_a_failing_replacement_leaves_what_stood(case, fails_at_the_end):
+    method, family, model = case
+    before = fingerprint(model)
+    applied = hf_accel.apply(model, method, **quick(method))
+    standing, ours = keys_aside(fingerprint(model)), generate(model, family)
+    with fails_at_the_end(method):
+        hf_accel.apply(model, method, **quick(method))
+    assert applied.active
+    assert keys_aside(fingerprint(model)) == standing
+    assert same(method, generate(model, family), ours)
+    applied.revert()
     assert fingerprint(model) == before
 
 

@@ -42,6 +42,40 @@ def test_own_attribute_is_the_same_object_again():
     assert len(ledger) == 0
 
 
+def test_what_was_undone_is_made_again_as_it_was():
+    class Lease:
+        held = 0
+
+        def __init__(self):
+            Lease.held += 1
+
+        def release(self):
+            Lease.held -= 1
+
+        def renew(self):
+            return Lease()
+
+    model, thing, hook, after, ledger = torch.nn.Linear(2, 2), Thing(), Hook(), Hook(), Ledger()
+    ledger.set(thing, "kind", "ours")
+    ledger.set(thing, "new", ours := object())
+    ledger.pre_hook(model, hook)
+    ledger.post_hook(model, after)
+    ledger.hold(Lease())
+    for _ in range(2):
+        undone = ledger.undo()
+        assert len(undone) == 5
+        assert (thing.kind, hasattr(thing, "new"), Lease.held) == ("class attribute", False, 0)
+        model(torch.ones(1, 2))
+        ledger.redo(undone)
+        assert (thing.kind, thing.new, Lease.held, len(ledger)) == ("ours", ours, 1, 5)
+        model(torch.ones(1, 2))
+    assert (hook.calls, after.calls) == (2, 2)
+    ledger.undo()
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks_always_called
+    assert (vars(thing), Lease.held) == ({}, 0)
+
+
 def test_submodule_swap_keeps_state_dict_keys():
     model, ledger = torch.nn.Sequential(torch.nn.Linear(2, 2)), Ledger()
     keys, original = list(model.state_dict()), model[0]

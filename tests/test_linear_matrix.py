@@ -139,6 +139,21 @@ def test_applying_again_begins_from_the_full_weights(few):
 
 
 @torch.no_grad()
+def test_a_failing_replacement_leaves_what_stood(few, fails_at_the_end):
+    method, family, model = few
+    before = fingerprint(model)
+    applied = hf_accel.apply(model, method, **full_budget(method))
+    standing, ours = fingerprint(model), run(model, family)  # by identity: the very same packed linears
+    with fails_at_the_end(method):
+        hf_accel.apply(model, method, **full_budget(method) | {"bits": 2})
+    assert applied.active
+    assert fingerprint(model) == standing
+    assert torch.equal(run(model, family), ours)
+    applied.revert()
+    assert fingerprint(model) == before
+
+
+@torch.no_grad()
 def test_deepcopy_has_a_life_of_its_own(few):
     method, family, model = few
     before, dense = fingerprint(model), run(model, family)

@@ -132,6 +132,16 @@ def fingerprint(model: torch.nn.Module) -> dict:
     return out
 
 
+def keys_aside(found: dict) -> dict:
+    """A fingerprint without the numbers that torch gave to hooks."""
+    return {
+        name: (part[0], {k: [hook for _, hook in v] for k, v in part[1].items()}, *map(len, part[2:3]), part[3])
+        if isinstance(part, tuple) and len(part) == 4
+        else part
+        for name, part in found.items()
+    }
+
+
 def test_full_budget_is_dense(case):
     method, family, model = case
     dense = denoise(model, family)
@@ -158,6 +168,21 @@ def test_revert_restores_identity_and_bits(case):
     denoise(model, family)
     applied.revert()
     applied.revert()  # a second call does nothing
+    assert fingerprint(model) == before
+    assert equal(denoise(model, family), dense)
+
+
+def test_a_failing_replacement_leaves_what_stood(case, fails_at_the_end):
+    method, family, model = case
+    before, dense = fingerprint(model), denoise(model, family)
+    applied = hf_accel.apply(model, method, **quick(method))
+    standing, ours = keys_aside(fingerprint(model)), denoise(model, family)
+    with fails_at_the_end(method):
+        hf_accel.apply(model, method, **quick(method))
+    assert applied.active
+    assert keys_aside(fingerprint(model)) == standing
+    assert equal(denoise(model, family), ours)
+    applied.revert()
     assert fingerprint(model) == before
     assert equal(denoise(model, family), dense)
 

@@ -280,6 +280,22 @@ def test_applied_again_it_replaces_itself(quantised):
     hf_accel.revert(model)
 
 
+def test_what_was_trained_survives_a_replacement_that_fails(quantised):
+    model, _, _ = quantised
+    applied = hf_accel.apply(model, "qwha", r=2, **TEXT)
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            layer.qwha_values["default"].add_(0.01)
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    ours = run(model, "llama")
+    with pytest.raises(InvalidSetting):
+        hf_accel.apply(model, "qwha", r=6, **{**TEXT, "calibration": []})
+    assert applied.active
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "qwha_values" not in name] == []
+    assert torch.equal(run(model, "llama"), ours)
+
+
 def test_a_failure_leaves_the_model_as_it_was(quantised):
     model, _, _ = quantised
     before = dict(model.named_modules())

@@ -39,6 +39,9 @@ class CallEnd:
     def release(self) -> Callable[[], None]:
         return self._release
 
+    def renew(self) -> CallEnd:
+        return CallEnd(self.module, self.listener)
+
     def _release(self) -> None:
         listeners = self.module.__dict__[_LISTENERS]
         listeners[:] = [other for other in listeners if other is not self.listener]

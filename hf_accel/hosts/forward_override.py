@@ -13,9 +13,8 @@ from hf_accel.ledger import MISSING, Ledger, describe_attribute, own_attribute
 
 def override_forward(ledger: Ledger, module: torch.nn.Module, forward: types.MethodType) -> None:
     """Run ``forward`` in place of the module's own, inside hooks that accelerate has put around that."""
-    place = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    change = ForwardChange(module, own_attribute(module, place), forward)
-    module.__dict__[place] = forward
+    change = ForwardChange(module, MISSING, forward)
+    change.redo()
     ledger.record(change)
 
 
@@ -51,3 +50,8 @@ class ForwardChange:
             del self.module.__dict__["forward"]
         else:
             self.module.__dict__["forward"] = self.old
+
+    def redo(self) -> None:
+        place = "_old_forward" if "_old_forward" in self.module.__dict__ else "forward"
+        self.old = own_attribute(self.module, place)
+        self.module.__dict__[place] = self.new

@@ -25,6 +25,10 @@ class OffloadedWeights:
         for tensor, device in self.devices:
             tensor.data = tensor.data.to(device)
 
+    def redo(self) -> None:
+        for tensor, _ in self.devices:
+            tensor.data = tensor.data.to("cpu")
+
 
 @dataclass
 class DroppedWeights:
@@ -41,14 +45,17 @@ class DroppedWeights:
     def undo(self) -> None:
         """Never comes to it."""
 
+    def redo(self) -> None:
+        """Never comes to it."""
+
 
 def offload(sites: Iterable[LinearSite], ledger: Ledger) -> None:
     """Move what replaced linears held to the CPU; undo brings it back."""
     modules = (place.module for site in sites for place in (site, *site.tied))
     tensors = {id(tensor): tensor for module in modules for tensor in module.parameters()}
-    ledger.record(OffloadedWeights([(tensor, tensor.device) for tensor in tensors.values()]))
-    for tensor in tensors.values():
-        tensor.data = tensor.data.to("cpu")
+    change = OffloadedWeights([(tensor, tensor.device) for tensor in tensors.values()])
+    ledger.record(change)
+    change.redo()
 
 
 def drop(sites: Iterable[LinearSite], ledger: Ledger) -> None:

@@ -27,8 +27,11 @@ class SharedRegistration:
             _HELD[key] = (count + 1, remove)
         self.release = weakref.finalize(self, _let_go, key)
 
-    def __deepcopy__(self, memo: dict) -> SharedRegistration:
+    def renew(self) -> SharedRegistration:
         return SharedRegistration(self.key, self.register)
+
+    def __deepcopy__(self, memo: dict) -> SharedRegistration:
+        return self.renew()
 
 
 def _let_go(key: Any) -> None:

@@ -97,6 +97,10 @@ class FrozenChange:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
 
+    def redo(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
 
 @register
 class QWHA(Method):
