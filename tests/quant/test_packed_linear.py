@@ -55,6 +55,7 @@ def test_the_weight_is_the_grids_values(bits, group):
         "bias": ([64], torch.float32),
     }
     assert torch.equal(module.dequantize_weight(), weight)
+    assert torch.equal(module.bias, gaussian(64, seed=1))
     assert torch.equal(module.codes(), encode(weight, module.grid(), Scheme.grouped(format_of(bits), group)))
 
 
@@ -306,6 +307,9 @@ def test_sizes_and_parts_that_do_not_fit():
         PackedLinear.from_codes(codes, scale[:, :1], zero, None, 4, 32)
     with pytest.raises(QuantizationError, match=r"not all positive and finite in torch\.float16"):
         PackedLinear.from_codes(codes, scale * 1e9, zero, None, 4, 32)
+    for wrong in (0 * scale, -scale):
+        with pytest.raises(QuantizationError, match="not all positive"):
+            PackedLinear.from_codes(codes, wrong, zero, None, 4, 32)
     for wrong in (zero + 0.5, zero + 16, zero - 1):
         with pytest.raises(QuantizationError, match=r"whole numbers in 0\.\.15"):
             PackedLinear.from_codes(codes, scale, wrong, None, 4, 32)
