@@ -108,10 +108,10 @@ def test_against_fp64(backend, dtype, bits, tokens, n, group, shuffled, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_tokens_dequantise_once(backend, device):
     packed = packed_of(64, 32, 4, 32, device=device)
-    x = rows_of(140, 64, device=device)
-    theirs = reference.quantized_linear(x.double(), *packed[:5])
-    assert relative(call(x, packed, backend=backend), theirs) < 1e-6
-    assert relative(call(x.view(4, 5, 7, 64), packed, backend=backend), theirs.view(4, 5, 7, 32)) < 1e-6
+    x, bias = rows_of(140, 64, device=device), rows_of(32, device=device, seed=2)
+    theirs = reference.quantized_linear(x.double(), *packed[:5], bias)
+    assert relative(call(x, packed, bias, backend), theirs) < 1e-6
+    assert relative(call(x.view(4, 5, 7, 64), packed, bias, backend), theirs.view(4, 5, 7, 32)) < 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -123,6 +123,14 @@ def test_split_inputs_add_up(backend, monkeypatch, device):
         x = rows_of(tokens, 224, device=device)
         theirs = reference.quantized_linear(x.double(), *packed[:5])
         assert relative(call(x, packed, backend=backend), theirs) < 1e-6
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_stretches_begin_with_whole_words_where_groups_do_not(bits, monkeypatch):
+    monkeypatch.setattr(cpu, "_ELEMENTS", 24 * 32)
+    packed = packed_of(96, 32, bits, 24)
+    x = rows_of(3, 96)
+    assert relative(call(x, packed), reference.quantized_linear(x.double(), *packed[:5])) < 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -152,13 +160,18 @@ def test_gradients(tokens):
     weight = reference.dequantize_packed(*packed[:5], dtype=torch.float64)
     torch.testing.assert_close(x.grad, direction @ weight)
     torch.testing.assert_close(bias.grad, direction.sum(0))
+    half = bias.detach().half().requires_grad_()
+    (call(x, packed, half) * direction).sum().backward()
+    assert half.grad.dtype == torch.float16
 
 
 def test_fp64_is_fp64():
     packed = packed_of(96, 32, 4, 32)
     x = rows_of(3, 96).double()
-    theirs = x @ reference.dequantize_packed(*packed[:5], dtype=torch.float64).T
-    torch.testing.assert_close(call(x, packed), theirs, atol=1e-12, rtol=1e-12)
+    weight = reference.dequantize_packed(*packed[:5], dtype=torch.float64)
+    torch.testing.assert_close(call(x, packed), x @ weight.T, atol=1e-12, rtol=1e-12)
+    for backend in (*BACKENDS, "auto"):
+        assert torch.equal(dequantize_packed(*packed[:5], dtype=torch.float64, backend=backend), weight)
 
 
 def test_refuses_what_does_not_fit():
@@ -178,8 +191,9 @@ def test_refuses_what_does_not_fit():
         call(x, packed._replace(g_idx=packed.g_idx.long()))
     with pytest.raises(UnsupportedByKernel, match="make 4 groups; scales have 2"):
         call(x, packed._replace(group_size=16))
-    with pytest.raises(UnsupportedByKernel, match="g_idx must lie"):
-        call(x, packed._replace(group_size=None, g_idx=packed.g_idx + 1))
+    for shift in (1, -1):
+        with pytest.raises(UnsupportedByKernel, match=r"g_idx must lie in 0\.\.1"):
+            call(x, packed._replace(group_size=None, g_idx=packed.g_idx + shift))
     with pytest.raises(UnsupportedByKernel, match=r"\[\.\.\., 64\]"):
         call(torch.zeros(1, 32), packed)
     with pytest.raises(UnsupportedByKernel, match="bias"):

@@ -117,7 +117,7 @@ def unpack(words: torch.Tensor, bits: int, out: torch.Tensor | None = None) -> t
 
 def _words(bits: int, start: int, stop: int) -> slice:
     """Which words hold the codes ``start`` to ``stop - 1``, both multiples of a unit."""
-    return slice(start // UNIT_CODES[bits] * UNIT_WORDS[bits], -(-stop // UNIT_CODES[bits]) * UNIT_WORDS[bits])
+    return slice(start // UNIT_CODES[bits] * UNIT_WORDS[bits], stop // UNIT_CODES[bits] * UNIT_WORDS[bits])
 
 
 def _stretches(n: int, m: int, multiple: int, cuda: bool) -> list[tuple[int, int]]:
