@@ -252,6 +252,10 @@ def _all_linears(root: torch.nn.Module, blocks: list[str]) -> Iterator[_Found]:
         yield _Found(site, not blocks or path.startswith(prefixes), reason)
 
 
+# Tuners of peft whose layers compute with the weight of the linear below them, which packed or foreign ones do not show.
+_READERS = tuple(f"peft.tuners.{name}." for name in ("glora", "hira", "hra", "peanut", "supertuning"))
+
+
 def _kind(module: Any, parent: torch.nn.Module) -> tuple[str, str | None]:
     """The kind of a linear, and why it cannot be worked with."""
     if isinstance(module, PackedLinear):
@@ -263,6 +267,8 @@ def _kind(module: Any, parent: torch.nn.Module) -> tuple[str, str | None]:
         return "foreign", f"quantised or replaced by another library: {name}"
     if isinstance(parent, torch.nn.MultiheadAttention):
         return "linear", "nn.MultiheadAttention reads its weight and does not call it"
+    if type(parent).__module__.startswith(_READERS):
+        return "linear", f"the adapter on it reads its weight and does not call it: peft's {type(parent).__module__}"
     weight = module._parameters.get("weight")
     if weight is not None and (type(weight.data) is not torch.Tensor and not hasattr(weight, "device_mesh")):
         return "foreign", f"its weight is a {type(weight.data).__name__}: quantised by another library"

@@ -48,7 +48,7 @@ from hf_accel.hosts.denoisers import HOSTS, HOSTS_OF
 from hf_accel.hosts.linears import LinearSite, convolutions, replace, survey, why_irreplaceable
 from hf_accel.hosts.original_weights import drop, offload, settle
 from hf_accel.hosts.quantized_checkpoint import declare
-from hf_accel.hosts.target import Model, kind
+from hf_accel.hosts.target import Model, is_a, kind
 from hf_accel.kernels.quantized_linear import backend_for
 from hf_accel.ledger import Ledger
 from hf_accel.method import Facts, Method
@@ -164,6 +164,8 @@ class GPTQ(Method):
                 "the model; or say rounding='nearest', which needs none",
             )  # fmt: skip
         sites = self._sites(model, report)
+        if any(is_a(site.parent, "peft.tuners.tuners_utils", "BaseTunerLayer") for site in sites):
+            import hf_accel.peft  # noqa: F401  (peft's layers learn where packed linears have their weight)
         try:
             if config.rounding == "nearest":
                 for site in sites:

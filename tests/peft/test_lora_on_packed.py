@@ -429,6 +429,23 @@ assert type(early.base_model.model[0]).__module__ == "peft.tuners.lora.layer"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_quantising_below_an_adapter_is_import_enough():
+    code = """
+import sys, torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+import hf_accel
+size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+config = LoraConfig(target_modules=["q_proj"], use_dora=True, init_lora_weights=False)
+model = get_peft_model(LlamaForCausalLM(LlamaConfig(**size)), config).eval()
+assert "hf_accel.peft" not in sys.modules
+dense = model(input_ids=torch.tensor([[1, 2, 3]])).logits
+hf_accel.apply(model, "gptq", bits=8, group_size=32, rounding="nearest")
+assert torch.allclose(model(input_ids=torch.tensor([[1, 2, 3]])).logits, dense, atol=0.05)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 # -- with the rest of hf_accel -----------------------------------------------------------------------------------------
 
 
@@ -480,6 +497,18 @@ def test_quantised_below_adapters(kind):
     applied.revert()
     assert isinstance(layer.base_layer, torch.nn.Linear)
     model.merge_adapter()
+
+
+@pytest.mark.parametrize("tuner", ["GloraConfig", "HRAConfig", "HiraConfig", "PeanutConfig", "SupertuningConfig"])
+@torch.no_grad()
+def test_linears_whose_weight_an_adapter_reads_stay_dense(tuner):
+    model = adapt(adapted.build("llama"), getattr(peft, tuner)(target_modules=["q_proj", "o_proj"]))
+    with hf_accel.apply(model, "gptq", bits=8, group_size=32, rounding="nearest") as applied:
+        skipped = {entry.module: entry.reason for entry in applied.report().entries[0].skipped}
+        read = [name for name in skipped if name.endswith(("q_proj", "o_proj"))]
+        assert len(read) == len(tuners_of(model)) > 0
+        assert all("the adapter on it reads its weight" in skipped[name] for name in read)
+        assert torch.isfinite(run(model, "llama")).all()
 
 
 @torch.no_grad()
