@@ -252,7 +252,7 @@ def _all_linears(root: torch.nn.Module, blocks: list[str]) -> Iterator[_Found]:
         yield _Found(site, not blocks or path.startswith(prefixes), reason)
 
 
-# Tuners of peft whose layers compute with the weight of the linear below them, which packed or foreign ones do not show.
+# Tuners of peft whose layers compute with the weight of the linear below them, which a packed one does not show.
 _READERS = tuple(f"peft.tuners.{name}." for name in ("glora", "hira", "hra", "peanut", "supertuning"))
 
 
