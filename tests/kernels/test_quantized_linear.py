@@ -83,7 +83,7 @@ def test_unpacking_and_dequantising(bits):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("group", "shuffled"), [(64, False), (24, False), (32, True)])
+@pytest.mark.parametrize(("group", "shuffled"), [(64, False), (48, False), (24, False), (32, True)])
 def test_dequantised_weights_are_exact(backend, bits, group, shuffled, device):
     packed = packed_of(96, 32, bits, group, shuffled=shuffled, dtype=torch.float16, device=device)
     for dtype in (torch.float32, torch.float16, None):
