@@ -1,6 +1,6 @@
 """QWHA beside LoRA, LoftQ, CLoQ, SHiRA and FourierFT on quantised mini-llamas, equal trainable parameters and steps.
 
-    python benchmarks/qwha_quality.py --json benchmarks/results/qwha_quality.json
+    python benchmarks/qwha_quality.py --json benchmarks/results/qwha_quality.json --picture docs/img/qwha-quality.png
 
 Bases are mini-llama quantised by MagR + GPTQ + coordinate descent (30 sweeps at 2 bits, else 1), calibrated on its
 training files. Every adapter has ``r (m + n)`` trained numbers in each linear and stands on the same dequantised base,
@@ -235,9 +235,10 @@ class Runs:
     def find(self, kind: str, **key: Any) -> dict[str, Any] | None:
         return next((run for run in self.data[kind] if key.items() <= run.items()), None)
 
-    def add(self, kind: str, record: dict[str, Any]) -> None:
+    def add(self, kind: str, record: dict[str, Any], **key: Any) -> None:
         with self._held():
-            self.data[kind].append(record)
+            if self.find(kind, **key) is None:  # nobody else was faster
+                self.data[kind].append({**key, **record})
 
     def conclude(self) -> None:
         """Note the best runs of all that are there."""
@@ -277,6 +278,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path, help="answers against perplexity, of all runs")
     parser.add_argument("--again", action="store_true", help="forget what the file holds")
     options = parser.parse_args()
     if options.threads:
@@ -307,21 +309,22 @@ def main() -> int:
     for bits in options.bits:
         base = quantised(model, bits, calibration)
         if runs.find("bases", bits=bits) is None:
-            runs.add("bases", {"bits": bits, "start": judged(with_weights(model, base))})
+            runs.add("bases", {"start": judged(with_weights(model, base))}, bits=bits)
         for method in options.methods:
 
             def run(lr: float, bits: int = bits, method: str = method, base: dict[str, torch.Tensor] = base) -> float:
-                found = runs.find("runs", bits=bits, method=method, lr=lr)
+                key = {"bits": bits, "method": method, "lr": lr}
+                found = runs.find("runs", **key)
                 if found is None:
                     tuned = build(method, model, base, bits, options.rank, grams).eval()
                     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
                     other = runs.find("runs", bits=bits, method=method)
                     start = judged(tuned) if other is None else other["start"]
-                    found = {"bits": bits, "method": method, "lr": lr, "parameters": trained, "start": start}
+                    found = {"parameters": trained, "start": start}
                     found["step_s"] = tune(tuned, batches, options.steps, lr)
                     answers = right(tuned, chosen_by)
                     found |= {"chosen_by": sum(answers) / len(answers), "tuned": judged(tuned)}
-                    runs.add("runs", found)
+                    runs.add("runs", found, **key)
                 print(f"{bits} {method} lr {lr:g}: {found['start']} -> {found['tuned']}", flush=True)
                 return float(found["chosen_by"])
 
@@ -329,6 +332,8 @@ def main() -> int:
             search(run, known[0]["lr"] if known else options.lr, options.most)
     runs.conclude()
     print(report(runs.data))
+    if options.picture:
+        picture(runs.data, options.picture)
     return 0
 
 
@@ -345,6 +350,30 @@ def best_runs(data: dict[str, Any]) -> list[dict[str, Any]]:
                 edge = {max(rates): "highest", min(rates): "lowest"}.get(best["lr"]) if rates[1:] else "only"
                 found.append({**best, "edge": edge})
     return found
+
+
+def picture(data: dict[str, Any], file: Path) -> None:
+    """Answers against perplexity for every learning rate: up and to the left is better in both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    widths = sorted({run["bits"] for run in data["runs"]}, reverse=True)
+    figure, axes = plt.subplots(1, len(widths), figsize=(5 * len(widths), 4.5), layout="constrained", squeeze=False)
+    for axis, bits in zip(axes[0], widths, strict=True):
+        for index, method in enumerate(METHODS):
+            own = [run for run in data["runs"] if (run["bits"], run["method"]) == (bits, method)]
+            tuned = [run["tuned"] for run in sorted(own, key=lambda run: run["lr"])]
+            places = [one["perplexity"] for one in tuned], [100 * one["accuracy"] for one in tuned]
+            axis.plot(*places, "o-", color=f"C{index}", label=method, markersize=4, linewidth=0.8)
+        best = [run["tuned"]["perplexity"] for run in data["best"] if run["bits"] == bits]
+        axis.set(title=f"{bits} bits", xlabel="held-out perplexity", xlim=(min(best) * 0.93, max(best) * 1.05))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("answers right, %")
+    axes[0][0].legend(fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
 
 
 def report(data: dict[str, Any]) -> str:

@@ -59,7 +59,8 @@ def commands(gpu: bool, quality: bool) -> list[list[str]]:
         runs.append(["deepcache.py", "--json", "deepcache.json", "--picture", caches])
         runs.append(["losa_quality.py", "--json", "losa_quality.json"])
         runs.append(["gptq_quality.py", "--json", "gptq_quality.json"])
-        runs.append(["qwha_quality.py", "--again", "--json", "qwha_quality.json"])
+        adapters = str(HERE.parent / "docs" / "img" / "qwha-quality.png")
+        runs.append(["qwha_quality.py", "--again", "--json", "qwha_quality.json", "--picture", adapters])
         curve = str(HERE.parent / "docs" / "img" / "rcd-curve.png")
         runs.append(["rcd_curve.py", "--json", "rcd_curve.json", "--picture", curve])
     return runs

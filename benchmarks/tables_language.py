@@ -170,6 +170,7 @@ def qwha_quality(data: dict[str, Any]) -> str:
         "searched until the best has a worse one on either side where nothing else is said. Held-out: perplexity of "
         f"files, answers to {data['items']} items (standard error up to {100 * error:.1f} points), of which no row "
         f"knows more than {100 * most:.1f} % at the start. Full precision, untuned: perplexity "
-        f"{data['full']['perplexity']:.2f}. "
-        f"{machine(data['machine'])}\n\n{table(head, rows)}"
+        f"{data['full']['perplexity']:.2f}. In the picture an adapter is a line, a learning rate a point. "
+        f"{machine(data['machine'])}\n\n{table(head, rows)}\n\n"
+        "![answers against perplexity](img/qwha-quality.png)"
     )
