@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_accel.kernels import block_sparse_attention as block_package
 from hf_accel.kernels import variable_block_attention as variable_package
-from hf_accel.kernels.tile import Tile
+from hf_accel.kernels.common.tile import Tile
 from hf_accel.measure.machine import describe_machine
 
 # What is timed of block_sparse_attention. Density and the dense baseline of "causal" are those of the triangle.
@@ -349,7 +349,7 @@ def tile_candidates(op: str, device: torch.device, shape: Shape) -> list[Any]:
     ]
     if op == "block":
         return mains
-    from hf_accel.kernels.tile import compute_capability
+    from hf_accel.kernels.common.tile import compute_capability
     from hf_accel.kernels.variable_block_attention.triton import tiles_for
 
     probe = torch.empty(0, device=device)

@@ -19,10 +19,11 @@ from typing import Any
 import common  # noqa: F401  (finds the checkout)
 import torch
 
-from hf_accel import break_even, registry
+from hf_accel import registry
 from hf_accel.errors import HFAccelError
 from hf_accel.measure.bench import AttentionBench, Row, bench_attention
 from hf_accel.measure.machine import describe_machine
+from hf_accel.sites.attention import break_even
 
 SHAPES = {
     "cpu": ["4x16x16", "9x16x16", "16x16x16", "8x32x32"],

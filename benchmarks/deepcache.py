@@ -25,17 +25,17 @@ from typing import Any
 
 import common  # noqa: F401 (finds hf_accel in the checkout)
 import torch
+from hf_accel_zoo.training.mini_sd import judge
 
 import hf_accel
 from hf_accel import zoo
-from hf_accel.break_even import wait_for
 from hf_accel.hosts.target import execution_device
 from hf_accel.measure.compare import PSNR_LIMIT
 from hf_accel.measure.demo import MINI_SD
 from hf_accel.measure.machine import describe_machine
 from hf_accel.measure.quality import psnr, ssim
 from hf_accel.measure.tables import align, times
-from hf_accel.zoo.training.mini_sd import judge
+from hf_accel.sites.attention.break_even import wait_for
 
 PLAIN = "plain"
 PROMPT_SEED = 505  # of the draw; training drew from others

@@ -25,8 +25,8 @@ import torch
 from common import save
 
 import hf_accel
-from hf_accel.break_even import wait_for
 from hf_accel.measure.machine import describe_machine
+from hf_accel.sites.attention.break_even import wait_for
 
 NEGATIVE = {"prompt_embeds": "negative_prompt_embeds", "pooled_prompt_embeds": "negative_pooled_prompt_embeds"}
 VAE_CHANNELS = (128, 256, 512, 512)

@@ -2,7 +2,7 @@
 
     python benchmarks/deepcache_macs.py --json benchmarks/results/deepcache_macs.json
 
-Nothing is computed and no weights are made: see ``hf_accel/hosts/unet_macs.py``.
+Nothing is computed and no weights are made: see ``hf_accel/sites/step_cache/unet_macs.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import common
 import torch
 from deepcache_gpu import ARCHITECTURES, Architecture
 
-from hf_accel.hosts.unet_macs import ForwardShape, MacShares
 from hf_accel.measure.machine import describe_machine
+from hf_accel.sites.step_cache.unet_macs import ForwardShape, MacShares
 
 INTERVALS = (3, 5)
 

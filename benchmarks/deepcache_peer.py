@@ -24,12 +24,12 @@ import torch
 
 import hf_accel
 from hf_accel import zoo
-from hf_accel.break_even import wait_for
 from hf_accel.hosts.target import execution_device
 from hf_accel.measure.demo import MINI_SD
 from hf_accel.measure.machine import describe_machine
 from hf_accel.measure.memory import PeakMemory
 from hf_accel.measure.tables import align, times
+from hf_accel.sites.attention.break_even import wait_for
 
 PLAIN, OURS, PACKAGE = "plain", "hf_accel", "DeepCache 0.1.1"
 PROMPT = "a big red square"

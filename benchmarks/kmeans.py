@@ -224,8 +224,8 @@ def measure_rows(x: torch.Tensor, labels: torch.Tensor, num_labels: int, limits:
 def sweep_tiles(x: torch.Tensor, start: torch.Tensor) -> list[dict[str, Any]]:
     from triton.runtime.errors import TritonError
 
+    from hf_accel.kernels.common.tile import Tile
     from hf_accel.kernels.kmeans import triton as kernels
-    from hf_accel.kernels.tile import Tile
 
     records = []
     for tile in (

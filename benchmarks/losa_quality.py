@@ -26,14 +26,14 @@ from typing import Any
 
 import common  # noqa: F401  (finds the checkout)
 import torch
+from hf_accel_zoo.training.mini_sdar import tasks
 
 import hf_accel
-from hf_accel.attention.block_call import BlockCall
-from hf_accel.block_method import BlockAttentionMethod
 from hf_accel.config import Config
 from hf_accel.measure.machine import describe_machine
 from hf_accel.method import Facts
-from hf_accel.zoo.training.mini_sdar import tasks
+from hf_accel.sites.prefix_attention.base import BlockAttentionMethod
+from hf_accel.sites.prefix_attention.call import BlockCall
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    from hf_accel.zoo.sdar import SDARForCausalLM
+    from hf_accel_zoo.sdar import SDARForCausalLM
 
     folder = options.model or hf_accel.zoo.path("mini-sdar")
     model = SDARForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from common import as_record, relative_error, save, time_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_accel.attention.block_call import BlockCall
-from hf_accel.attention.block_split import split_attention
 from hf_accel.attention.call import Layer
-from hf_accel.block_method import BlockAttentionMethod
 from hf_accel.measure.machine import describe_machine
 from hf_accel.patches.losa import LoSA, LoSAConfig
 from hf_accel.patches.quest import Quest, QuestConfig
+from hf_accel.sites.prefix_attention.base import BlockAttentionMethod
+from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.split import split_attention
 
 STEPS = 4  # queries to go round
 

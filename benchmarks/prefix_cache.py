@@ -25,7 +25,7 @@ from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 import hf_accel
 from hf_accel.measure.machine import describe_machine
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "models"))
 
 from standins import llada2
 

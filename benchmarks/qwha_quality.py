@@ -41,14 +41,14 @@ from peft import FourierFTConfig, LoraConfig, ShiraConfig, get_peft_model
 
 import hf_accel
 import hf_accel.peft
-from hf_accel.hosts.linears import find_linears
 from hf_accel.measure.machine import describe_machine
 from hf_accel.measure.tables import align
 from hf_accel.patches.qwha import sparse_correction, spectral_gram
-from hf_accel.peft.coefficients import from_places
 from hf_accel.quant.formats import format_of
 from hf_accel.quant.gram import Gram
 from hf_accel.quant.grid import Scheme, fit_grid, round_to_grid
+from hf_accel.sites.adapter.peft.qwha.coefficients import from_places
+from hf_accel.sites.linear.places import find_linears
 from hf_accel.zoo import llama
 
 METHODS = ("lora", "loftq", "cloq", "shira", "fourierft", "qwha", "qwha, selected", "qwha, refined")

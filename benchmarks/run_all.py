@@ -3,7 +3,7 @@
     python benchmarks/run_all.py            # what this machine can do: GPU shapes on a GPU, CPU shapes elsewhere
     python benchmarks/run_all.py --quality  # and the quality curves of mini-wan and mini-sd (slow on a CPU)
 
-Then ``python benchmarks/tables.py`` writes ``docs/results.md`` from the JSON.
+Then ``python docs/make/tables.py`` writes ``docs/results.md`` from the JSON.
 """
 
 from __future__ import annotations

@@ -191,8 +191,8 @@ def sweep_tiles(problem: Problem, device: torch.device) -> list[dict[str, Any]]:
     """Times of the fused forward kernel with other tiles than the table's."""
     from triton.runtime.errors import TritonError
 
+    from hf_accel.kernels.common.tile import Tile
     from hf_accel.kernels.sparse_linear_attention import triton as kernels
-    from hf_accel.kernels.tile import Tile
 
     if problem.linear_scope == "marginal":
         return []

@@ -1,6 +1,6 @@
 """Collect fine-tunings of sla on mini-wan: figures as JSON, validation loss against minutes as a picture.
 
-    python -m hf_accel.zoo.training.mini_wan.finetune_sla --out RUN15 --topk 0.15 --minutes 10    # one per budget
+    python -m hf_accel_zoo.training.mini_wan.finetune_sla --out RUN15 --topk 0.15 --minutes 10    # one per budget
     python benchmarks/sla_finetune.py RUN15 RUN30 RUN50 --json benchmarks/results/sla_finetune.json \
         --picture docs/img/sla-finetune.png
 """

@@ -119,7 +119,7 @@ def measure(case: Case, device: torch.device) -> tuple[list[dict[str, Any]], boo
 
 def sweep_tiles(case: Case, device: torch.device) -> tuple[list[dict[str, Any]], bool]:
     """Time ``soft_embed`` with every tile that fits, fastest last; whether all were right."""
-    from hf_accel.kernels.aot import SHARED_MEMORY_LIMIT
+    from hf_accel.kernels.common.aot import SHARED_MEMORY_LIMIT
     from hf_accel.kernels.soft_embedding import triton
 
     shipped, records, right = triton.tiles, [], True

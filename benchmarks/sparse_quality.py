@@ -25,7 +25,7 @@ import common  # noqa: F401  (finds the checkout)
 import torch
 import yaml
 
-from hf_accel import families, registry
+from hf_accel import registry
 from hf_accel.attention.call import AttentionCall
 from hf_accel.hosts.target import Model
 from hf_accel.measure.budget import Dial, Reached, ungated
@@ -34,7 +34,8 @@ from hf_accel.measure.demo import native_call
 from hf_accel.measure.pareto import Point, draw
 from hf_accel.measure.recording import density_on, record_attention
 from hf_accel.measure.sampling import generate, generate_with
-from hf_accel.trained import load_trained
+from hf_accel.presets import families
+from hf_accel.train.saving import load_trained
 from hf_accel.zoo import heldout, path
 
 METHODS = ("svg", "svg2", "radial", "grat", "sparge", "sla")

@@ -23,12 +23,12 @@ import torch
 import yaml
 from oracles import ClusterOracle, Oracle, RandomClusters
 
-from hf_accel import families
 from hf_accel.hosts.target import Model
 from hf_accel.measure.demo import native_call
 from hf_accel.measure.machine import describe_machine
 from hf_accel.measure.quality import psnr, ssim
 from hf_accel.measure.sampling import Sample, generate_with
+from hf_accel.presets import families
 from hf_accel.zoo import heldout, path
 
 BUDGETS = (0.5, 0.7, 0.9, 1.0)

@@ -16,24 +16,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_accel.api import Applied, apply, explain, methods, revert
-    from hf_accel.generation.blocks import generate_blocks
-    from hf_accel.hosts.quantized_loading import load_quantized, register_quantizers, unregister_quantizers
+    from hf_accel.checkpoints.gptq.loading import load_quantized, register_quantizers, unregister_quantizers
+    from hf_accel.generation.block_diffusion.blocks import generate_blocks
     from hf_accel.measure.calibrate import calibrate
     from hf_accel.measure.compare import compare
     from hf_accel.patches.qwha import initialize_qwha
-    from hf_accel.peft import QWHAConfig
     from hf_accel.registry import register
-    from hf_accel.train.finetuner import Finetuner
-    from hf_accel.trained import load_trained, save_trained
+    from hf_accel.sites.adapter.peft import QWHAConfig
+    from hf_accel.train.finetune.finetuner import Finetuner
+    from hf_accel.train.saving import load_trained, save_trained
 
 _LAZY = {
     "Applied": "api", "apply": "api", "explain": "api", "methods": "api", "revert": "api",
     "calibrate": "measure.calibrate", "compare": "measure.compare", "register": "registry",
-    "generate_blocks": "generation.blocks",
-    "load_quantized": "hosts.quantized_loading", "register_quantizers": "hosts.quantized_loading",
-    "unregister_quantizers": "hosts.quantized_loading",
-    "QWHAConfig": "peft", "initialize_qwha": "patches.qwha",
-    "Finetuner": "train.finetuner", "load_trained": "trained", "save_trained": "trained",
+    "generate_blocks": "generation.block_diffusion.blocks",
+    "load_quantized": "checkpoints.gptq.loading", "register_quantizers": "checkpoints.gptq.loading",
+    "unregister_quantizers": "checkpoints.gptq.loading",
+    "QWHAConfig": "sites.adapter.peft", "initialize_qwha": "patches.qwha",
+    "Finetuner": "train.finetune.finetuner", "load_trained": "train.saving", "save_trained": "train.saving",
 }  # fmt: skip
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_accel import families, preset, registry
+from hf_accel import registry
 from hf_accel.composition import Explanation, Pair, Verdict, pairs_among
 from hf_accel.config import Config
 from hf_accel.errors import (
@@ -19,15 +19,16 @@ from hf_accel.errors import (
     RevertRefused,
     UnknownMethod,
 )
-from hf_accel.hosts.block_attention import BlockSeam
-from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.foreign import standing
-from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model, Target, resolve
 from hf_accel.ledger import MARK, Change, Ledger
 from hf_accel.method import SITE_ORDER, Given, Method, Party, conflict, takes
-from hf_accel.preset import Wanted
+from hf_accel.presets import families, preset
+from hf_accel.presets.preset import Wanted
 from hf_accel.report import MethodReport, Report
+from hf_accel.sites.attention.seam import SeamContext
+from hf_accel.sites.prefix_attention.install import BlockSeam
 
 
 @dataclass

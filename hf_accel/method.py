@@ -12,21 +12,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from hf_accel import break_even
 from hf_accel.attention.call import AttentionCall, Step
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config as Settings
 from hf_accel.config import setting
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.hosts import attention as attention_host
-from hf_accel.hosts import step_cache as step_cache_host
-from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.denoisers import HOSTS_OF, Host, Medium, describe, host_of
 from hf_accel.hosts.foreign import Foreign
-from hf_accel.hosts.seam import SeamContext
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
+from hf_accel.sites.attention import break_even
+from hf_accel.sites.attention import diffusers as attention_host
+from hf_accel.sites.attention.seam import SeamContext
+from hf_accel.sites.step_cache import seam as step_cache_host
 
 Site = Literal["attention", "embedding", "step cache", "kv cache", "linear", "sampler", "adapter", "training"]
 Need = Literal["token grid", "step", "branch", "text span", "prefix cache", "trained weights"]
@@ -282,7 +282,7 @@ class StepCacheMethod(Method):
     """A method that decides how much of the model each denoising step computes.
 
     Attributes:
-        branch: the skip connection at which a U-Net is cut; see ``hosts/unet_views.py``.
+        branch: the skip connection at which a U-Net is cut; see ``sites/step_cache/unet_views.py``.
         reads_timestep: :meth:`why_full` needs the noise level, which waits for the device.
     """
 

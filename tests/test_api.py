@@ -9,9 +9,9 @@ import torch
 import hf_accel
 from hf_accel import errors, registry
 from hf_accel.config import Config
-from hf_accel.hosts import attention as attention_host
 from hf_accel.method import AttentionMethod, Facts, Method, conflict
 from hf_accel.patches.svg2 import SVG2Config
+from hf_accel.sites.attention import diffusers as attention_host
 
 
 @pytest.fixture

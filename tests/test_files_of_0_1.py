@@ -85,7 +85,7 @@ def test_a_run_is_resumed(outputs, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (FILES / "presets").glob("*.yaml")))
 def test_presets(file, tmp_path):
-    from hf_accel.preset import dump, load
+    from hf_accel.presets.preset import dump, load
 
     preset = load(str(FILES / "presets" / file))
     names = [wanted.method for wanted in preset.wanted]
@@ -99,7 +99,7 @@ def test_public_names():
     from hf_accel.config import Config, setting  # noqa: F401
     from hf_accel.method import AttentionMethod, Facts, Method, SparseAttentionConfig, StepCacheMethod  # noqa: F401
     from hf_accel.peft import PackedLoraLinear, QWHAConfig, QWHALinear, QWHAModel, merge_into_dense  # noqa: F401
-    from hf_accel.train import FinetuneConfig, Finetuner, History, teacher  # noqa: F401
+    from hf_accel.train import teacher  # noqa: F401
     from hf_accel.train.rcd import RCDTrainer, RCDTrainingConfig  # noqa: F401
 
     for name in (

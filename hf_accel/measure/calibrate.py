@@ -18,19 +18,20 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from hf_accel import families, preset, registry
+from hf_accel import registry
 from hf_accel.api import applied_methods
 from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config
 from hf_accel.errors import Conflict, HFAccelError, InvalidSetting, NotApplicable
-from hf_accel.hosts import attention as attention_host
-from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model, resolve
 from hf_accel.ledger import Ledger
 from hf_accel.measure.machine import describe_machine
-from hf_accel.preset import Match, Preset, Wanted
+from hf_accel.presets import families, preset
+from hf_accel.presets.preset import Match, Preset, Wanted
 from hf_accel.report import MethodReport
+from hf_accel.sites.attention import diffusers as attention_host
 
 # Fields of a model's configuration by which a preset knows the model again; those that are there count.
 IDENTITY = (

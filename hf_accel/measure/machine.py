@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_accel.break_even import device_name
+from hf_accel.sites.attention.break_even import device_name
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft")
 

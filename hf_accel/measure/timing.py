@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_accel.break_even import wait_for
+from hf_accel.sites.attention.break_even import wait_for
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ N - 1 compute the shallow part only and put the kept tensor in its place (Eq. 4-
     partial step   D_0 .. D_m                         F kept ----->   U_m(concat(D_m, F)) .. U_0
 
 The time embedding is that of the step, always. Branches are counted per skip connection, from ``conv_in`` = 0, as in
-the authors' package (the paper counts resolution levels from 1). ``hosts/unet_views.py`` cuts the network.
+the authors' package (the paper counts resolution levels from 1). ``sites/step_cache/unet_views.py`` cuts the network.
 
 Which steps are full:
 
@@ -48,13 +48,13 @@ from hf_accel.attention.call import Step
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config, setting
 from hf_accel.errors import Conflict, InvalidSetting
-from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
-from hf_accel.hosts.unet_views import deepest_branch
 from hf_accel.ledger import Ledger
 from hf_accel.method import Facts, StepCacheMethod
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
+from hf_accel.sites.step_cache.unet_views import deepest_branch
 
 FEW_STEPS = 10  # distilled samplers; neighbouring steps of theirs are not alike
 

@@ -38,16 +38,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from hf_accel.checkpoints.gptq.layout import declare
 from hf_accel.config import Config, setting
 from hf_accel.errors import InvalidSetting, NothingPatched, QuantizationError
-from hf_accel.hosts.block_store import BlockStore, describe_run
-from hf_accel.hosts.block_stream import BlockStream, Gathered, Unit
-from hf_accel.hosts.calibration import calibration_from
-from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.denoisers import HOSTS, HOSTS_OF
-from hf_accel.hosts.linears import LinearSite, convolutions, replace, survey, why_irreplaceable
-from hf_accel.hosts.original_weights import drop, offload, settle
-from hf_accel.hosts.quantized_checkpoint import declare
 from hf_accel.hosts.target import Model, is_a, kind
 from hf_accel.kernels.quantized_linear import backend_for
 from hf_accel.ledger import Ledger
@@ -60,9 +55,14 @@ from hf_accel.quant.magr import shrink_groups
 from hf_accel.quant.packed_linear import PackedLinear, why_not_packable
 from hf_accel.quant.packing import PACKED_BITS
 from hf_accel.quant.quality import relative_error
-from hf_accel.quant.statistics import LayerRecord, QuantizationStatistics
 from hf_accel.registry import register
 from hf_accel.report import MethodReport, Patched, Skipped
+from hf_accel.sites.linear.originals import drop, offload, settle
+from hf_accel.sites.linear.places import LinearSite, convolutions, replace, survey, why_irreplaceable
+from hf_accel.sites.linear.samples import calibration_from
+from hf_accel.sites.linear.statistics import LayerRecord, QuantizationStatistics
+from hf_accel.sites.linear.store import BlockStore, describe_run
+from hf_accel.sites.linear.stream import BlockStream, Gathered, Unit
 
 _CONVOLUTION = "a convolution: the packed layout is for linears"
 
@@ -165,7 +165,7 @@ class GPTQ(Method):
             )  # fmt: skip
         sites = self._sites(model, report)
         if any(is_a(site.parent, "peft.tuners.tuners_utils", "BaseTunerLayer") for site in sites):
-            import hf_accel.peft  # noqa: F401  (peft's layers learn where packed linears have their weight)
+            import hf_accel.sites.adapter.peft  # noqa: F401  (peft's layers learn where packed linears have their weight)
         try:
             if config.rounding == "nearest":
                 for site in sites:

@@ -14,8 +14,8 @@ Decisions where the paper and the released code (GRAT-X for HunyuanVideo only) d
   over all is 4.3 %.
 * A grid that its tiles do not divide has smaller tiles at its far ends; the released code drops the rest silently.
 * Tokens are put tile by tile once, at the model's entry, and back at its exit, with all that belongs to single tokens
-  (``hosts/token_order.py``); the released code does both in every attention call. Where a model or a forward does
-  not allow it, so does this one.
+  (``sites/attention/token_order.py``); the released code does both in every attention call. Where a model or a forward
+  does not allow it, so does this one.
 * Valid text comes from the host's mask, not from a second run of the tokenizer. Padded text is hidden as a key and
   computed as a query.
 * ``dense_steps`` and ``dense_layers`` exist as in every method; the paper has neither, hence the defaults of 0. A dense
@@ -37,9 +37,7 @@ from hf_accel.attention.static import Recent
 from hf_accel.attention.tiles import Tiling, cross_map, fill_tiles, neighbour_map
 from hf_accel.config import setting
 from hf_accel.errors import InvalidSetting
-from hf_accel.hosts import token_order
-from hf_accel.hosts.clock import Clock
-from hf_accel.hosts.seam import SeamContext
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.block_sparse_attention import backend_for as fixed_backend
 from hf_accel.kernels.block_sparse_attention import block_map_to_index, block_sparse_attention
@@ -50,6 +48,8 @@ from hf_accel.ledger import Ledger
 from hf_accel.method import AttentionMethod, Facts, SparseAttentionConfig
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
+from hf_accel.sites.attention import token_order
+from hf_accel.sites.attention.seam import SeamContext
 
 IMAGE_TILE = (1, 16, 16)
 VIDEO_TILE = (4, 8, 8)

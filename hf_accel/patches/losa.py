@@ -40,15 +40,15 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_accel.attention.block_call import BlockCall
-from hf_accel.attention.block_split import with_block
-from hf_accel.attention.page_selection import PagedPrefix
-from hf_accel.block_method import BlockAttentionConfig, BlockAttentionMethod
 from hf_accel.config import setting
 from hf_accel.hosts.block_context import DIFFUSION_GEMMA, SDAR
 from hf_accel.kernels.paged_attention import active_topk
 from hf_accel.method import Facts
 from hf_accel.registry import register
+from hf_accel.sites.prefix_attention.base import BlockAttentionConfig, BlockAttentionMethod
+from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.pages import PagedPrefix
+from hf_accel.sites.prefix_attention.split import with_block
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from hf_accel.attention.block_call import BlockCall
-from hf_accel.attention.block_split import split_attention
-from hf_accel.block_method import BlockAttentionMethod
 from hf_accel.config import Config as Settings
 from hf_accel.hosts.block_context import DIFFUSION_GEMMA, SDAR
 from hf_accel.method import Facts
 from hf_accel.registry import register
+from hf_accel.sites.prefix_attention.base import BlockAttentionMethod
+from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.split import split_attention
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Paper: "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774, on a block-diffusion
 model: the baseline of LoSA (arXiv 2604.12056), and ``losa`` with all tokens active. The rule for pages is in
-``attention/page_selection.py``.
+``sites/prefix_attention/pages.py``.
 
 A block of b queries has b choices of pages, and the kernel reads their union: the more tokens a block has, the less is
 left out. That is what ``losa`` does something about.
@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-from hf_accel.attention.block_call import BlockCall
-from hf_accel.attention.block_split import with_block
-from hf_accel.attention.page_selection import PagedPrefix
-from hf_accel.block_method import BlockAttentionMethod
 from hf_accel.config import setting
 from hf_accel.hosts.block_context import DIFFUSION_GEMMA, SDAR
 from hf_accel.method import Facts
 from hf_accel.patches.losa import PagedPrefixConfig
 from hf_accel.registry import register
+from hf_accel.sites.prefix_attention.base import BlockAttentionMethod
+from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.pages import PagedPrefix
+from hf_accel.sites.prefix_attention.split import with_block
 
 
 @dataclass(frozen=True)

@@ -36,21 +36,22 @@ from typing import Any
 
 import torch
 
+from hf_accel.checkpoints.declaration import declaration_of, read_declaration
 from hf_accel.config import Config, setting
 from hf_accel.errors import NotApplicable, WeightsMismatch
-from hf_accel.hosts import language_loading, residual_context
+from hf_accel.hosts import loading as language_loading
 from hf_accel.hosts.block_context import FULL, LLADA2, SDAR, BlockStep
-from hf_accel.hosts.clock import Clock
-from hf_accel.hosts.declaration import declaration_of, read_declaration
-from hf_accel.hosts.embedding_table import EmbeddingTable, embedding_table
-from hf_accel.hosts.residual_context import ResidualContext, context_of
-from hf_accel.hosts.residual_start import OwnStart, ReferenceStart, Start
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model, unwrap
 from hf_accel.kernels.soft_embedding import backend_for, entropy_lse, normalized_entropy, soft_embed
 from hf_accel.ledger import Ledger
 from hf_accel.method import Facts, Method
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
+from hf_accel.sites.embedding import residual as residual_context
+from hf_accel.sites.embedding.residual import ResidualContext, context_of
+from hf_accel.sites.embedding.start import OwnStart, ReferenceStart, Start
+from hf_accel.sites.embedding.table import EmbeddingTable, embedding_table
 
 ALPHA_MODES = ("normalized-entropy", "fixed", "max-prob", "one-minus-entropy", "one-minus-max-prob")
 

@@ -33,14 +33,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from hf_accel import parameters
 from hf_accel.attention.call import AttentionCall, TokenGrid
 from hf_accel.attention.layout import VideoLayout, block_sizes, density, expand_heads
 from hf_accel.attention.selectors import top_k
+from hf_accel.checkpoints import parameters
 from hf_accel.config import setting
-from hf_accel.hosts.clock import Clock
-from hf_accel.hosts.heads import head_dim
-from hf_accel.hosts.seam import SeamContext
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.block_sparse_attention import block_map_to_index
 from hf_accel.kernels.block_summary import block_summary
@@ -49,6 +47,8 @@ from hf_accel.ledger import Ledger
 from hf_accel.method import AttentionMethod, Facts, SparseAttentionConfig
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
+from hf_accel.sites.attention.heads import head_dim
+from hf_accel.sites.attention.seam import SeamContext
 
 PROJECTION = "proj_l"  # name of the module in each attention; the checkpoints of the authors have the same
 

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 
 from hf_accel.config import Config, setting
-from hf_accel.hosts import self_conditioning
 from hf_accel.hosts.block_context import DIFFUSION_GEMMA
-from hf_accel.hosts.clock import Clock
-from hf_accel.hosts.self_conditioning import SelfConditioningContext
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
-from hf_accel.kernels.dispatch import Choice
+from hf_accel.kernels.common.dispatch import Choice
 from hf_accel.kernels.soft_embedding import backend_for, entropy_lse, soft_embed
 from hf_accel.ledger import Ledger
 from hf_accel.method import Facts, Method
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
+from hf_accel.sites.embedding import self_conditioning
+from hf_accel.sites.embedding.self_conditioning import SelfConditioningContext
 
 
 @dataclass(frozen=True)

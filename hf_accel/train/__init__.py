@@ -13,11 +13,11 @@ Any method whose facts say ``backward`` and that names ``trainable_parameters()`
 Masked diffusion language models are trained for residual context diffusion by :class:`RCDTrainer`. See docs/rcd.md.
 """
 
-from hf_accel.train.config import FinetuneConfig
-from hf_accel.train.finetuner import Finetuner
-from hf_accel.train.history import History
-from hf_accel.train.rcd import RCDTrainer
-from hf_accel.train.rcd_config import RCDTrainingConfig
-from hf_accel.train.teacher import teacher
+from hf_accel.train.finetune.config import FinetuneConfig
+from hf_accel.train.finetune.finetuner import Finetuner
+from hf_accel.train.finetune.teacher import teacher
+from hf_accel.train.loop.history import History
+from hf_accel.train.rcd.config import RCDTrainingConfig
+from hf_accel.train.rcd.trainer import RCDTrainer
 
 __all__ = ["FinetuneConfig", "Finetuner", "History", "RCDTrainer", "RCDTrainingConfig", "teacher"]

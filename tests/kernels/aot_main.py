@@ -25,7 +25,7 @@ def kernel_modules() -> list[str]:
 def main(ccs: tuple[int, ...]) -> int:
     import triton
 
-    from hf_accel.kernels.aot import compile_case
+    from hf_accel.kernels.common.aot import compile_case
 
     print(f"triton {triton.__version__} from {triton.__path__[0]}")
     compiled, failed, start = 0, 0, time.perf_counter()

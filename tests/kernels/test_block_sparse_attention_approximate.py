@@ -40,7 +40,7 @@ def cosine(one, other):
 
 def launch_and_definition(case, tile=(32, 32), value_dtype=torch.float8_e4m3fn, key_valid=None, causal=False, **how):
     from hf_accel.kernels.block_sparse_attention import triton_approximate
-    from hf_accel.kernels.tile import Tile
+    from hf_accel.kernels.common.tile import Tile
 
     arguments = (*case.arguments, case.block_size, 0.25, key_valid, causal)
     got = triton_approximate.launch(*arguments, tile=Tile(*tile, 4, 1), value_dtype=value_dtype, **how)

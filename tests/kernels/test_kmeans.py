@@ -51,8 +51,8 @@ def test_assign_finds_the_nearest(backend, dtype, length, num_clusters, head_dim
 @pytest.mark.parametrize("tile", [(16, 16), (64, 32), (32, 128), (16, 256)], ids=str)
 @pytest.mark.parametrize("num_clusters", [3, 100, 128, 300])
 def test_assign_with_every_width_of_tile(tile, num_clusters, device):
+    from hf_accel.kernels.common.tile import Tile
     from hf_accel.kernels.kmeans import triton as kernels
-    from hf_accel.kernels.tile import Tile
 
     x = points(1, 1, 70, 32, dtype=torch.float16, device=device)
     centroids = points(1, 1, num_clusters, 32, dtype=torch.float16, device=device, seed=1)

@@ -182,7 +182,7 @@ def test_key_and_value_laid_out_differently(wide, device, monkeypatch):
 
 
 def test_key_layout_of_tensors_too_long_for_32_bits():
-    from hf_accel.kernels.tile import key_layout
+    from hf_accel.kernels.common.tile import key_layout
 
     long = torch.empty(1, 1, 2**24, 128, device="meta")
     assert key_layout(long, long) == (True, True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from hf_accel.errors import InvalidSetting, UnsupportedByKernel
-from hf_accel.kernels import checks
 from hf_accel.kernels.block_sparse_attention.index import block_map_to_index, index_to_block_map, transpose_index
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common import checks
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 
 __all__ = ["backend_for", "block_map_to_index", "block_sparse_attention", "index_to_block_map", "transpose_index"]
 

@@ -11,8 +11,8 @@ import torch
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.kernels.block_sparse_attention import quantize, reference
 from hf_accel.kernels.block_sparse_attention.index import causal_blocks, listed
-from hf_accel.kernels.softmax_attention import attention_with_lse
-from hf_accel.kernels.tile import compute_capability
+from hf_accel.kernels.common.softmax_attention import attention_with_lse
+from hf_accel.kernels.common.tile import compute_capability
 
 LOG2_E = math.log2(math.e)
 # Gathered keys and values of one call, in bytes: more falls out of the cache, fewer calls cost less.

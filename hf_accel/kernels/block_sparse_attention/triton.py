@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
 from hf_accel.kernels.block_sparse_attention import triton_approximate, triton_backward
 from hf_accel.kernels.block_sparse_attention.index import split_index
-from hf_accel.kernels.online_softmax import attend_rows, finish
-from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, key_layout, precision
+from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.online_softmax import attend_rows, finish
+from hf_accel.kernels.common.tile import Tile, attention_tiles, compute_capability, key_layout, precision
 
 LOG2_E = math.log2(math.e)
 

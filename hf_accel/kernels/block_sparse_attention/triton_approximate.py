@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
 from hf_accel.kernels.block_sparse_attention import quantize
 from hf_accel.kernels.block_sparse_attention.index import split_index
-from hf_accel.kernels.online_softmax import finish
-from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, key_layout, precision
+from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.online_softmax import finish
+from hf_accel.kernels.common.tile import Tile, attention_tiles, compute_capability, key_layout, precision
 
 LOG2_E = math.log2(math.e)
 UNSPECIALIZED = ["num_heads", "num_queries", "num_keys", "num_query_blocks", "max_keep", "scale", "threshold"]

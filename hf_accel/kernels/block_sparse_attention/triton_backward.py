@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
 from hf_accel.kernels.block_sparse_attention.index import split_index, split_transposed_index, transpose_index
-from hf_accel.kernels.online_softmax import load_rows
-from hf_accel.kernels.tile import Tile, compute_capability, key_layout, precision
+from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.online_softmax import load_rows
+from hf_accel.kernels.common.tile import Tile, compute_capability, key_layout, precision
 
 LOG2_E = math.log2(math.e)
 DELTA_ROWS = 64

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.kernels import checks
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common import checks
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 
 __all__ = ["BlockSummary", "backend_for", "block_summary"]
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.common.aot import AotCase, make_case
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_blocks"])

@@ -11,7 +11,7 @@ import math
 import torch
 
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 from hf_accel.kernels.hadamard.orders import block_size, factor, hadamard_matrix, require_factor
 
 __all__ = ["backend_for", "block_size", "factor", "hadamard", "hadamard_matrix", "resolve_block"]

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.common.aot import AotCase, make_case
 from hf_accel.kernels.hadamard.orders import order_matrix, require_factor, sylvester
 
 LONGEST = 16384  # elements of a padded row that one program holds

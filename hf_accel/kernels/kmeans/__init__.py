@@ -14,7 +14,7 @@ import torch
 
 from hf_accel.errors import InvalidSetting, UnsupportedByKernel
 from hf_accel.kernels import permute
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 from hf_accel.kernels.kmeans import seeding
 
 __all__ = ["KMeansResult", "assign", "backend_for", "kmeans", "seed", "update"]

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase
+from hf_accel.kernels.common.aot import AotCase
+from hf_accel.kernels.common.tile import Tile, compute_capability
 from hf_accel.kernels.permute.triton import on_device_of
-from hf_accel.kernels.tile import Tile, compute_capability
 
 CHUNK = 512
 LARGE = 1024  # at least CHUNK: then a chunk touches at most two large clusters

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.kernels import checks
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common import checks
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 
 __all__ = [
     "PageList",

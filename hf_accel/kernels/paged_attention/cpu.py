@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_accel.kernels.common.softmax_attention import attention_with_lse
 from hf_accel.kernels.paged_attention import reference
-from hf_accel.kernels.softmax_attention import attention_with_lse
 
 
 def page_score(

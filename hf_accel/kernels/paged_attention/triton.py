@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
-from hf_accel.kernels.online_softmax import attend_rows, finish, load_rows
+from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.online_softmax import attend_rows, finish, load_rows
+from hf_accel.kernels.common.tile import compute_capability, precision
 from hf_accel.kernels.paged_attention.triton_merge import combine
-from hf_accel.kernels.tile import compute_capability, precision
 
 LOG2E = 1.4426950408889634
 INTERPRETER_PROGRAMS = 4  # of "the GPU" that splits are made for where there is none

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.common.aot import AotCase, make_case
 
 SPLITS = 16  # parts of a row that are joined at a time
 

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
-from hf_accel.kernels.online_softmax import load_rows
+from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.online_softmax import load_rows
+from hf_accel.kernels.common.tile import compute_capability, precision
 from hf_accel.kernels.paged_attention.triton import AOT_KINDS, AOT_SHAPES, as_bytes, packed_rows, plan
-from hf_accel.kernels.tile import compute_capability, precision
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_pages"])

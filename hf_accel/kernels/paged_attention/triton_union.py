@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.common.aot import AotCase, make_case
 
 WORD = 32
 TILE_WORDS = 4096  # words of chosen pages that are united at a time

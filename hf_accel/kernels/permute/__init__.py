@@ -14,7 +14,7 @@ from typing import overload
 import torch
 
 from hf_accel.errors import InvalidSetting, UnsupportedByKernel
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 
 __all__ = ["backend_for", "gather_rows", "scatter_rows", "sort_by_label"]
 

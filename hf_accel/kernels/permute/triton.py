@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase
+from hf_accel.kernels.common.aot import AotCase
 
 COUNT_BLOCK = 512
 RANK_BLOCK = 64

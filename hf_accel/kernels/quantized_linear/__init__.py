@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.kernels import checks
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common import checks
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 from hf_accel.kernels.quantized_linear.layout import Packed, check_packed
 
 __all__ = ["MOST_FUSED_TOKENS", "Packed", "backend_for", "check_packed", "dequantize_packed", "quantized_linear"]

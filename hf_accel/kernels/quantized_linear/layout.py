@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.kernels import checks
+from hf_accel.kernels.common import checks
 
 # The fewest whole words that hold whole codes.
 UNIT_WORDS = {2: 1, 3: 3, 4: 1, 8: 1}

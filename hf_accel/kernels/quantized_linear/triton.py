@@ -25,10 +25,10 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.tile import compute_capability, precision
 from hf_accel.kernels.quantized_linear.layout import UNIT_CODES, UNIT_WORDS, Packed
 from hf_accel.kernels.quantized_linear.unpack import code_at
-from hf_accel.kernels.tile import compute_capability, precision
 
 LARGEST_STEP = 128  # inputs
 LEAST_STEP = 16

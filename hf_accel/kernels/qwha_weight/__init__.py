@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.kernels import checks
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common import checks
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 from hf_accel.kernels.hadamard import hadamard, resolve_block
 from hf_accel.kernels.quantized_linear import Packed, check_packed
 from hf_accel.kernels.qwha_weight.layout import VALUE_DTYPES, check_coefficients

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.kernels import checks
+from hf_accel.kernels.common import checks
 
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

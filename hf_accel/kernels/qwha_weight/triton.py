@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.common.aot import AotCase, make_case
 from hf_accel.kernels.hadamard.orders import order_matrix, require_factor, sylvester
 from hf_accel.kernels.hadamard.triton import to_tf32
 from hf_accel.kernels.quantized_linear.layout import Packed

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.kernels import checks
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common import checks
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 
 __all__ = ["EntropyStatistics", "backend_for", "entropy_lse", "normalized_entropy", "soft_embed"]
 

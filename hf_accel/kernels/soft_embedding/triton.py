@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.tile import compute_capability, precision
 from hf_accel.kernels.soft_embedding import triton_statistics
 from hf_accel.kernels.soft_embedding.triton_statistics import entropy_lse, multiprocessors, row_offset
-from hf_accel.kernels.tile import compute_capability, precision
 
 MOST_FUSED_ROWS = 128
 ROWS_AT_ONCE = 512  # of written probabilities: 152 MB of bf16 at V = 151,936

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.common.aot import AotCase, make_case
 
 BLOCK = 4096
 WARPS = 8

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from hf_accel.errors import InvalidSetting, UnsupportedByKernel
-from hf_accel.kernels import checks
 from hf_accel.kernels.block_sparse_attention import BLOCK_SIZES, block_sparse_attention
 from hf_accel.kernels.block_sparse_attention.index import index_to_block_map
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common import checks
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 from hf_accel.kernels.sparse_linear_attention.feature_map import FEATURE_MAPS
 from hf_accel.kernels.sparse_linear_attention.scope import LINEAR_SCOPES, linear_block_map, shorter_lists
 

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
+from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.tile import Tile, compute_capability, precision
 from hf_accel.kernels.sparse_linear_attention.scope import shorter_lists
 from hf_accel.kernels.sparse_linear_attention.triton_backward import (
     grad_key_value_kernel,
@@ -18,7 +19,6 @@ from hf_accel.kernels.sparse_linear_attention.triton_backward import (
 )
 from hf_accel.kernels.sparse_linear_attention.triton_forward import key_totals_kernel, linear_forward_kernel
 from hf_accel.kernels.sparse_linear_attention.triton_fused import fused_forward_kernel
-from hf_accel.kernels.tile import Tile, compute_capability, precision
 
 LOG2_E = math.log2(math.e)
 # Programs of one totals kernel: a few for every multiprocessor of the largest GPUs.

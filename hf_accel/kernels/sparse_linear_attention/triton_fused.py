@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.online_softmax import finish
+from hf_accel.kernels.common.online_softmax import finish
 from hf_accel.kernels.sparse_linear_attention.triton_steps import (
     add_linear_tile,
     feature_map,

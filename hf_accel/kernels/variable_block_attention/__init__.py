@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_accel.kernels import checks
-from hf_accel.kernels.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common import checks
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
 
 OP = "variable_block_attention"
 LIMITS = TritonLimits(min_head_dim=1, max_head_dim=256)

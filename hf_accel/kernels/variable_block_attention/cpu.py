@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.kernels.softmax_attention import attention_with_lse
+from hf_accel.kernels.common.softmax_attention import attention_with_lse
 
 
 def variable_block_attention(

@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.aot import AotCase, make_case
-from hf_accel.kernels.online_softmax import attend_rows, finish
-from hf_accel.kernels.tile import Tile, attention_tiles, compute_capability, key_layout, precision
+from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.online_softmax import attend_rows, finish
+from hf_accel.kernels.common.tile import Tile, attention_tiles, compute_capability, key_layout, precision
 from hf_accel.kernels.variable_block_attention.plan import (
     compact_kernel,
     key_units_kernel,

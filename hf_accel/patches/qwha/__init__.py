@@ -38,9 +38,8 @@ import torch
 
 from hf_accel.config import Config, setting
 from hf_accel.errors import InvalidSetting
-from hf_accel.hosts.clock import Clock
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.denoisers import HOSTS, HOSTS_OF
-from hf_accel.hosts.linears import find_linears
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.method import Facts, Method
@@ -57,9 +56,10 @@ from hf_accel.patches.qwha.correction import (
 from hf_accel.patches.qwha.start import LayerStart, initialize_qwha
 from hf_accel.registry import register
 from hf_accel.report import MethodReport, Patched
+from hf_accel.sites.linear.places import find_linears
 
 if TYPE_CHECKING:
-    from hf_accel.peft import QWHALinear
+    from hf_accel.sites.adapter.peft import QWHALinear
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class QWHA(Method):
         return None
 
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> None:
-        from hf_accel import peft
+        from hf_accel.sites.adapter import peft
 
         config, module = self.config, model.module
         if self.given.get("calibration") is None:

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_accel.errors import NotApplicable, QuantizationError, WeightsMismatch
-from hf_accel.hosts.block_stream import BlockStream
-from hf_accel.hosts.calibration import calibration_from
-from hf_accel.hosts.linears import LinearSite, find_linears
 from hf_accel.hosts.target import unwrap
 from hf_accel.kernels.hadamard import hadamard
 from hf_accel.ledger import AttributeChange, Ledger, changes_on
 from hf_accel.patches.qwha.correction import DAMPING, sparse_correction, spectral_gram
 from hf_accel.quant.packed_linear import PackedLinear
+from hf_accel.sites.linear.places import LinearSite, find_linears
+from hf_accel.sites.linear.samples import calibration_from
+from hf_accel.sites.linear.stream import BlockStream
 
 if TYPE_CHECKING:
-    from hf_accel.peft import QWHAConfig as AdapterConfig
-    from hf_accel.peft import QWHALinear
+    from hf_accel.sites.adapter.peft import QWHAConfig as AdapterConfig
+    from hf_accel.sites.adapter.peft import QWHALinear
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def initialize_qwha(
         WeightsMismatch: the reference has other layers.
         InvalidSetting: nothing to calibrate on.
     """
-    from hf_accel.peft import QWHALinear
+    from hf_accel.sites.adapter.peft import QWHALinear
 
     inner = unwrap(model)
     layers = {
@@ -149,7 +149,7 @@ def _start(
     tokens: int,
     options: Mapping[str, Any],
 ) -> LayerStart:
-    from hf_accel.peft.coefficients import from_places
+    from hf_accel.sites.adapter.peft.qwha.coefficients import from_places
 
     held = layer.qwha_values[adapter_name]
     full = site.weight.to(gram)

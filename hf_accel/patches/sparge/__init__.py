@@ -41,8 +41,7 @@ from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.selectors import top_cdf, top_k
 from hf_accel.config import setting
 from hf_accel.errors import InvalidSetting
-from hf_accel.hosts.clock import Clock
-from hf_accel.hosts.seam import SeamContext
+from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.block_sparse_attention import backend_for as attention_backend
 from hf_accel.kernels.block_sparse_attention import block_map_to_index, block_sparse_attention
@@ -61,6 +60,7 @@ from hf_accel.patches.sparge.thresholds import (
 )
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
+from hf_accel.sites.attention.seam import SeamContext
 
 RULES = {"topk": "topk", "cdf": "cdfthreshd"}  # mode -> the setting that is its budget
 SIMILARITY_BARS = {"cdf": 0.6, "topk": -0.1, "density": -0.1}

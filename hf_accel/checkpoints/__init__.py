@@ -1,0 +1,1 @@
+"""What stands in files beside a model's weights, or in place of them."""

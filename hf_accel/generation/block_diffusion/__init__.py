@@ -1,0 +1,1 @@
+"""The sampler of block-diffusion language models."""

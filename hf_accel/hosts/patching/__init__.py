@@ -1,0 +1,1 @@
+"""Tools that change a model through the ledger."""

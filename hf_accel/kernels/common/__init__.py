@@ -1,0 +1,1 @@
+"""What the kernels share: dispatch, checks, tiles, the online softmax."""

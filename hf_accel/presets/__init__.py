@@ -1,0 +1,1 @@
+"""From a request, a file, a Hub repo or the shipped configs to methods with settings."""

@@ -1,0 +1,1 @@
+"""QWHA as a tuner of peft."""

@@ -1,0 +1,406 @@
+"""Putting an attention core into a diffusers denoiser, and taking it out again.
+
+Two families of processors:
+
+* those that call diffusers' ``dispatch_attention_fn`` and have ``_attention_backend``: the attribute is set, on this
+  processor object only, to one private backend shared by all patched layers of all models (a member per layer would
+  compile every block anew);
+* those that end in ``F.scaled_dot_product_attention``: the processor is exchanged for a copy whose class runs the
+  original ``__call__`` inside a ``TorchFunctionMode``.
+
+Both hand the same :class:`~hf_accel.attention.call.AttentionCall` to the core. Everything is written in the ledger.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from hf_accel.errors import NothingPatched
+from hf_accel.hosts.clocks.call_end import CallEnd
+from hf_accel.hosts.clocks.steps import Announcement, Clock
+from hf_accel.hosts.denoisers import DENOISERS, Medium, describe
+from hf_accel.hosts.patching.registration import SharedRegistration
+from hf_accel.hosts.target import Model, kind
+from hf_accel.ledger import Ledger
+from hf_accel.report import MethodReport, Patched, RunStatistics, Skipped
+from hf_accel.sites.attention import transformers as language
+from hf_accel.sites.attention.seam import (
+    AttentionCore,
+    EndHook,
+    LayerHook,
+    RootHook,
+    SeamContext,
+    active_context,
+    context_of,
+)
+
+BACKEND_NAME = "hf_accel"
+TRAINABLE_NAME = "hf_accel_trainable"  # of methods through which gradients flow
+
+
+def why_not(module: torch.nn.Module, media: Collection[Medium] = frozenset({"video"})) -> str | None:
+    """Why this model has no attention seam for a method of these media, in words; None if it has."""
+    spec = describe(module)
+    if spec is None and "text" in media and kind(module) == "language model":
+        return language.why_not(module)
+    if spec is None or spec.medium not in media:
+        names = ", ".join(sorted(name for name, entry in DENOISERS.items() if entry.medium in media))
+        what = kind(module) if spec is None else f"{kind(module)} of {spec.medium} tokens"
+        return (
+            f"{type(module).__name__} is a {what}; {' and '.join(m for m in ('video', 'image') if m in media)} "
+            f"self-attention is found in {names}"
+        )
+    if context_of(module) is not None:
+        return "its attention is already taken by another hf_accel method"
+    return None
+
+
+def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodReport, clock: Clock) -> SeamContext:
+    """Route the self-attentions of ``model`` over video, image or text tokens through ``core``.
+
+    Raises:
+        NothingPatched: the class is known, but none of its attentions can be reached.
+    """
+    spec = describe(model.module)
+    if spec is None and kind(model.module) == "language model":
+        return language.install(model, core, ledger, report, clock)
+    if spec is None:
+        raise NothingPatched(f"{model.class_name}: {why_not(model.module)}.")
+    found = spec.attentions(model.module)
+    usable = []
+    for name, attention in found:
+        processor = getattr(attention, "processor", None)
+        if processor is None or (isinstance(processor, torch.nn.Module) and not _dispatches(processor)):
+            why = "no processor" if processor is None else f"processor {type(processor).__name__} is a module"
+            report.skipped.append(Skipped(model.name, name, why))
+        else:
+            usable.append((name, attention))
+    if not usable:
+        raise NothingPatched(
+            f"No attention of {model.class_name} could be patched. Looked for modules named like "
+            f"{' or '.join(spec.self_attention)} with a diffusers attention processor; found {len(found)} by name"
+            + (f", {report.skipped[-1].reason}." if report.skipped else ".")
+        )
+    run = RunStatistics()
+    report.run = run
+    context = SeamContext(spec, [name for name, _ in usable], core, clock, run)
+    shared = _shared_processors(model.module)
+    for index, (name, attention) in enumerate(usable):
+        if _dispatches(attention.processor):
+            _patch_dispatch(attention, index, context, ledger, clone=id(attention.processor) in shared)
+            how = "attention through the dispatcher"
+        else:
+            _patch_sdpa(attention, context, ledger)
+            how = "attention through scaled_dot_product_attention"
+        ledger.pre_hook(attention, LayerHook(context, index))
+        report.patched.append(Patched(model.name, name, how))
+    others = [n for n, m in model.module.named_modules() if getattr(m, "processor", None) is not None]
+    taken = {name for name, _ in found}
+    report.skipped += [
+        Skipped(model.name, n, "no self-attention over video or image tokens") for n in others if n not in taken
+    ]
+    ledger.pre_hook(model.module, RootHook(context))
+    ledger.post_hook(model.module, EndHook(context))
+    if hasattr(model.module, "cache_context"):
+        ledger.set(model.module, "cache_context", types.MethodType(_announcing_cache_context, model.module))
+    ledger.hold(CallEnd(model.module, clock))
+    return context
+
+
+def _dispatches(processor: Any) -> bool:
+    return hasattr(processor, "_attention_backend")
+
+
+def _shared_processors(module: torch.nn.Module) -> set[int]:
+    """Identities of processor objects that several modules use (``set_attn_processor(single_object)``)."""
+    seen: dict[int, int] = {}
+    for sub in module.modules():
+        processor = getattr(sub, "processor", None)
+        if processor is not None:
+            seen[id(processor)] = seen.get(id(processor), 0) + 1
+    return {identity for identity, uses in seen.items() if uses > 1}
+
+
+# -- what the pipeline tells ---------------------------------------------------------------------------------------
+
+
+def _announcing_cache_context(self: torch.nn.Module, name: str, **kwargs: Any) -> Any:
+    """Instance override of ``CacheMixin.cache_context``: diffusers delivers it to hooked blocks only."""
+    inner = type(self).cache_context(self, name, **kwargs)  # type: ignore[attr-defined]
+    return _Announced(inner, context_of(self), name, kwargs)
+
+
+class _Announced:
+    """Context manager: announces a forward to the clock around diffusers' own context."""
+
+    def __init__(self, inner: Any, context: SeamContext | None, name: str, said: dict[str, Any]):
+        self._inner, self._context = inner, context
+        self._announcement = Announcement(name, said.get("step_index"), said.get("num_inference_steps"))
+
+    def __enter__(self) -> Any:
+        if self._context is not None:
+            self._context.clock.announced = self._announcement
+        return self._inner.__enter__()
+
+    def __exit__(self, *exc: Any) -> Any:
+        if self._context is not None:
+            self._context.clock.announced = None
+        return self._inner.__exit__(*exc)
+
+
+# -- processors that call the dispatcher ---------------------------------------------------------------------------
+
+
+@functools.cache
+def _private_member(name: str) -> Any:
+    """A member of diffusers' closed backend enum that is not in the enum's own tables."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    member = str.__new__(AttentionBackendName, name)
+    member._name_ = member._value_ = name
+    return member
+
+
+def _register_backend(name: str) -> Callable[[], None]:
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    member = _private_member(name)
+    registry.register(member)(_trainable_attention if name == TRAINABLE_NAME else _dispatched_attention)
+
+    def remove() -> None:
+        for table in (registry._backends, registry._constraints, registry._supported_arg_names):
+            table.pop(member, None)
+
+    return remove
+
+
+def _patch_dispatch(attention: torch.nn.Module, index: int, context: SeamContext, ledger: Ledger, clone: bool) -> None:
+    name = TRAINABLE_NAME if context.core.differentiable else BACKEND_NAME
+    ledger.hold(SharedRegistration(name, functools.partial(_register_backend, name)))
+    if clone:
+        ledger.set(attention, "processor", copy.copy(attention.processor))
+    processor: Any = attention.processor
+    context.native[index] = processor._attention_backend
+    ledger.set(processor, "_attention_backend", _private_member(name))
+    context.members.append((processor, _private_member(name)))
+
+
+def _dispatched_attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    _parallel_config=None,
+):
+    """The private backend. ``[B, S, H, D]`` in and out; diffusers passes the arguments it finds by name."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    needs_grad = gradients_needed(query, key, value)
+    if torch.compiler.is_compiling() and _parallel_config is None and not dropout_p:
+        return torch.ops.hf_accel.attend(query, key, value, attn_mask, scale, is_causal, enable_gqa, False, needs_grad)
+
+    def dense(native: Any) -> torch.Tensor:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        return dispatch_attention_fn(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            backend=native, parallel_config=_parallel_config,
+        ).transpose(1, 2)  # fmt: skip
+
+    context = active_context()
+    if context is None:
+        return dense(None).transpose(1, 2)
+    if _parallel_config is not None or dropout_p:
+        return context.run_dense("context parallelism or dropout is on", dense).transpose(1, 2)
+    out = context.attend(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+        attn_mask, scale, is_causal, needs_grad, dense,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _trainable_attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    _parallel_config=None,
+):
+    """The private backend of a method that gradients flow through. An opaque operator would have to know the method's
+    backward and its parameters, so in a compiled model a call that needs gradients leaves the graph."""
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config)
+    if torch.compiler.is_compiling() and gradients_needed(query, key, value):
+        from hf_accel.hosts.patching.outside import outside_the_graph
+
+        return outside_the_graph(_dispatched_attention, *arguments)
+    return _dispatched_attention(*arguments)
+
+
+# -- processors that call scaled_dot_product_attention -------------------------------------------------------------
+
+
+class _SdpaMode(TorchFunctionMode):
+    """Sends ``F.scaled_dot_product_attention`` to the seam while a patched processor runs."""
+
+    def __init__(self, trainable: bool):
+        super().__init__()
+        self.trainable = trainable
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            attention = _trainable_sdpa_attention if self.trainable else _sdpa_attention
+            return attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _sdpa_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Same arguments as ``F.scaled_dot_product_attention``; ``[B, H, S, D]``."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    needs_grad = gradients_needed(query, key, value)
+    if torch.compiler.is_compiling() and not dropout_p:
+        return torch.ops.hf_accel.attend(query, key, value, attn_mask, factor, is_causal, enable_gqa, True, needs_grad)
+
+    def dense(native: Any) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    context = active_context()
+    if context is None:
+        return dense(None)
+    if dropout_p:
+        return context.run_dense("dropout is on", dense)
+    return context.attend(query, key, value, attn_mask, factor, is_causal, needs_grad, dense)
+
+
+def _trainable_sdpa_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """:func:`_sdpa_attention` for a method that gradients flow through; see :func:`_trainable_attention`."""
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if torch.compiler.is_compiling() and gradients_needed(query, key, value):
+        from hf_accel.hosts.patching.outside import outside_the_graph
+
+        return outside_the_graph(_sdpa_attention, *arguments)
+    return _sdpa_attention(*arguments)
+
+
+@functools.cache
+def _patched_class(base: type, trainable: bool) -> type:
+    """Subclass of a processor's class that runs the original ``__call__`` inside the mode.
+
+    ``functools.wraps`` keeps the signature, by which diffusers filters the arguments it passes.
+    """
+    original: Callable = base.__call__
+
+    @functools.wraps(original)
+    def call(self, *args, **kwargs):
+        with _SdpaMode(trainable):
+            return original(self, *args, **kwargs)
+
+    return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
+
+
+def _register_processor(base: type, trainable: bool) -> Callable[[], None]:
+    """diffusers' hooks look processors up by exact class: give the patched class the entry of the original."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    patched = _patched_class(base, trainable)
+    try:
+        AttentionProcessorRegistry.register(patched, AttentionProcessorRegistry.get(base))
+    except ValueError:  # the original has no entry either
+        return lambda: None
+    return lambda: AttentionProcessorRegistry._registry.pop(patched, None)
+
+
+def _patch_sdpa(attention: torch.nn.Module, context: SeamContext, ledger: Ledger) -> None:
+    processor: Any = attention.processor
+    base: Any = type(processor)
+    twin = copy.copy(processor)
+    trainable = context.core.differentiable
+    twin.__class__ = _patched_class(base, trainable)
+    ledger.hold(SharedRegistration((base, trainable), functools.partial(_register_processor, base, trainable)))
+    ledger.set(attention, "processor", twin)
+
+
+# -- the opaque operator under torch.compile -----------------------------------------------------------------------
+
+
+def gradients_needed(*tensors: torch.Tensor) -> bool:
+    """Whether autograd would record an operation on these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _reference(query, key, value, mask, scale, causal, gqa, heads_first):
+    if not heads_first:
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
+    return out if heads_first else out.transpose(1, 2)
+
+
+@torch.library.custom_op("hf_accel::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    gqa: bool,
+    heads_first: bool,
+    needs_grad: bool,
+) -> torch.Tensor:
+    """Attention of a compiled model: runs the eager seam at every call. Layout as ``heads_first`` says."""
+    context = active_context()
+    if context is None or needs_grad:
+        if context is not None:
+            context.run.dense_calls["gradients are needed and the method has no backward"] += 1
+        out = _reference(query, key, value, mask, scale, causal, gqa, heads_first)
+    elif heads_first:
+        out = context.attend(
+            query, key, value, mask, scale, causal, False,
+            lambda native: _reference(query, key, value, mask, scale, causal, gqa, True),
+        )  # fmt: skip
+    else:
+        out = _dispatched_attention(query, key, value, mask, 0.0, causal, scale, gqa)
+    return torch.empty_like(query, memory_format=torch.contiguous_format).copy_(out)
+
+
+@_attend.register_fake
+def _(query, key, value, mask, scale, causal, gqa, heads_first, needs_grad):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def _attend_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    query, key, value, mask, *ctx.rest = inputs
+    ctx.save_for_backward(query, key, value, mask)
+
+
+def _attend_backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    """Of dense attention, which is what the operator ran if gradients were needed."""
+    query, key, value, mask = ctx.saved_tensors
+    scale, causal, gqa, heads_first, _ = ctx.rest
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
+        out = _reference(q, k, v, mask, scale, causal, gqa, heads_first)
+        grads = torch.autograd.grad(out, (q, k, v), grad)
+    return (*grads, None, None, None, None, None, None)
+
+
+_attend.register_autograd(_attend_backward, setup_context=_attend_setup)

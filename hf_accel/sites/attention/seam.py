@@ -1,0 +1,335 @@
+"""The context in which a patched model's attention calls run, and the hooks that keep it.
+
+A :class:`SeamContext` belongs to one denoiser. A pre-hook on the model's root tells it of every forward (token grid,
+timestep); a pre-hook on every patched attention tells it which layer runs. Both hooks are objects that hold the
+context, so ``copy.deepcopy(model)`` yields a model with a context of its own.
+
+Under ``torch.compile`` hooks are traced and their Python effects are lost or delayed. There the root hook puts one
+opaque operator, ``hf_accel::begin_forward``, in front of the model, and attention is the opaque operator
+``hf_accel::attend``; both run in Python at every call. Attention calls then find their layer by counting, since a
+layer number inside the graph would compile every block anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
+from hf_accel.hosts.clocks.steps import Clock, read_timestep
+from hf_accel.hosts.denoisers import Denoiser, dims_from_ids, level_of
+from hf_accel.report import RunStatistics
+
+
+class AttentionCore(Protocol):
+    """What is put into the seam: computes attention calls and keeps their state."""
+
+    differentiable: bool
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """``[B, H, Sq, D]`` for one call."""
+
+    def reset(self) -> None:
+        """A new generation begins: drop all state of the last one."""
+
+
+class OrderMaker(Protocol):
+    """Knows in which order the tokens of a forward stand; see ``sites/attention/token_order.py``."""
+
+    def make(self, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Order and inverse, int64 ``[tokens]`` each, or None for raster order."""
+
+
+class _Active(threading.local):
+    """Which context and layer the running forward of this thread belongs to."""
+
+    context: SeamContext | None = None
+    layer: int | None = None
+
+
+_ACTIVE = _Active()
+_CONTEXTS: weakref.WeakValueDictionary[int, SeamContext] = weakref.WeakValueDictionary()
+_KEYS = itertools.count(1)
+
+
+class SeamContext:
+    """State of the attention seam on one denoiser.
+
+    Args:
+        spec: how the model's class is read.
+        names: dotted names of the patched attention modules, in execution order.
+        core: what computes their attention.
+        clock: the step clock, shared by the denoisers of one pipeline.
+        run: where calls are counted.
+    """
+
+    def __init__(self, spec: Denoiser, names: Sequence[str], core: AttentionCore, clock: Clock, run: RunStatistics):
+        self.spec, self.core, self.clock, self.run = spec, core, clock, run
+        self.layers = [Layer(name, index, len(names)) for index, name in enumerate(names)]
+        self.native: list[Any] = [None] * len(names)
+        self.members: list[tuple[Any, Any]] = []
+        self.grid: TokenGrid | None = None
+        self.token_order: OrderMaker | None = None
+        self.order: torch.Tensor | None = None
+        self.timed = False
+        self._generation = -1
+        self._batch = 1
+        self._ordinal = 0
+        self._item = 0
+        self._calls = 0
+        self._expected: Sequence[int] | None = None
+        self._outer: SeamContext | None = None
+        self._adopt_key()
+
+    def _adopt_key(self) -> None:
+        self.key = next(_KEYS)
+        _CONTEXTS[self.key] = self
+
+    def __deepcopy__(self, memo: dict) -> SeamContext:
+        import copy
+
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_outer"})
+        twin._outer = None
+        twin._adopt_key()
+        return twin
+
+    @property
+    def step(self) -> Step | None:
+        """Where the forward that runs now stands; None outside of one."""
+        return self.clock.step
+
+    def begin(
+        self,
+        shape: tuple[int, ...],
+        timestep: Any,
+        dims: tuple[int, int, int] | None,
+        ids: torch.Tensor | None,
+        prompt: torch.Tensor | None = None,
+    ) -> None:
+        """One forward of the model begins."""
+        if dims is None and ids is not None:
+            dims = dims_from_ids(ids, shape[1])
+        self.grid = TokenGrid(*dims, text=self.spec.text) if dims is not None else None
+        self.order = None
+        position = self.clock.position_of(timestep)
+        needed = timestep is not None and position is None and self.clock.needs_timestep()
+        step = self.clock.tick(read_timestep(timestep) if needed else None, tuple(shape), prompt, position)
+        if step.generation != self._generation:
+            self._generation = step.generation
+            self.run.begin_generation()
+            self.core.reset()
+        self._enter(shape[0])
+
+    def _enter(self, batch: int) -> None:
+        """Layers are counted from here on, and belong to this context."""
+        self.run.forwards += 1
+        self._batch, self._ordinal, self._item, self._calls, self._expected = batch, 0, 0, 0, None
+        self._outer = _ACTIVE.context if _ACTIVE.context is not self else None
+        _ACTIVE.context, _ACTIVE.layer = self, None
+
+    def end(self, raised: bool) -> None:
+        """The forward is over. After an exception nothing of its generation is kept."""
+        _ACTIVE.context, _ACTIVE.layer = self._outer, None
+        self._outer = None
+        if raised:
+            self.clock.finish()
+            self.core.reset()
+            self._generation = -1
+        elif self._calls == 0:
+            self._say_if_replaced()
+
+    def _say_if_replaced(self) -> None:
+        gone = sum(getattr(processor, "_attention_backend", None) is not member for processor, member in self.members)
+        reason = "set_attention_backend() was called after apply(); revert, set the backend, apply again"
+        if gone and not self.run.dense_calls[reason]:
+            warnings.warn(f"hf_accel: {gone} patched attentions no longer run the method: {reason}.", stacklevel=2)
+        if gone:
+            self.run.dense_calls[reason] += gone
+
+    def expect(self, layers: Sequence[int] | None) -> None:
+        """This forward runs only these layers, in this order; None for all of them. Until the next forward begins."""
+        self._expected = layers
+
+    def enter_layer(self, index: int) -> None:
+        """Attention module ``index`` is about to run (eager only)."""
+        _ACTIVE.context, _ACTIVE.layer, self._item = self, index, 0
+        self._ordinal = (index + 1) * (self._batch if self.spec.per_item else 1)
+
+    def _locate(self) -> tuple[Layer | None, int]:
+        """Layer and batch item of the attention call that comes now."""
+        if _ACTIVE.layer is not None:
+            index, item = _ACTIVE.layer, self._item
+            if self.spec.per_item:
+                self._item += 1
+            else:
+                _ACTIVE.layer = None
+            return self.layers[index], item
+        place, item = divmod(self._ordinal, self._batch) if self.spec.per_item else (self._ordinal, 0)
+        self._ordinal += 1
+        if self._expected is not None:
+            place = self._expected[place] if place < len(self._expected) else len(self.layers)
+        return (self.layers[place], item) if place < len(self.layers) else (None, 0)
+
+    def _grid_for(self, tokens: int) -> TokenGrid | None:
+        if self.grid is None or not self.spec.levels:
+            return self.grid
+        dims = level_of((self.grid.frames, self.grid.height, self.grid.width), tokens)
+        return TokenGrid(*dims, text=self.spec.text) if dims is not None else None
+
+    def run_dense(self, reason: str, dense: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """A call that no method may take: the layer's native attention, counted under ``reason``."""
+        layer, _ = self._locate()
+        self._calls += 1
+        self.run.dense_calls[reason] += 1
+        return dense(self.native[layer.index] if layer is not None else None)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        causal: bool,
+        needs_grad: bool,
+        dense: Callable[[Any], torch.Tensor],
+    ) -> torch.Tensor:
+        """Run one attention call ``[B, H, S, D]`` through the core.
+
+        ``dense`` takes the layer's native backend and returns ``[B, H, S, D]``.
+        """
+        layer, item = self._locate()
+        self._calls += 1
+        if layer is None:
+            self.run.dense_calls["more attention calls than patched layers in one forward"] += 1
+            return dense(None)
+        step = self.step
+        if step is None:
+            self.run.dense_calls["called outside a forward of the model"] += 1
+            return dense(self.native[layer.index])
+        if mask is not None and self.spec.mask == "outer" and mask.ndim == 4 and mask.shape[2] > 1:
+            mask = mask[:, :, :1]
+        call = AttentionCall(
+            query,
+            key,
+            value,
+            mask,
+            scale,
+            causal,
+            layer,
+            self._grid_for(query.shape[2]),
+            step,
+            lambda: dense(self.native[layer.index]),
+            item,
+            self.order,
+        )
+        with self.run.stopwatch.section(query.device) if self.timed else contextlib.nullcontext():
+            if needs_grad and not self.core.differentiable:
+                out = call.fallback("gradients are needed and the method has no backward")
+            else:
+                out = self.core.attend(call)
+        if not in_backward():  # gradient checkpointing repeats calls
+            self.run.record(layer.index, step.index, step.branch, call.notes)
+        return out
+
+
+class RootHook:
+    """Forward pre-hook of the denoiser: tells the context of every forward."""
+
+    def __init__(self, context: SeamContext):
+        self.context = context
+
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        spec = self.context.spec
+        arguments = spec.arguments(args, kwargs)
+        hidden, timestep = arguments[spec.latents], arguments.get("timestep")
+        dims = spec.dims(module, arguments)
+        ids = arguments.get(spec.ids) if spec.ids is not None else None
+        if torch.compiler.is_compiling():
+            level = timestep if isinstance(timestep, torch.Tensor) else torch.as_tensor(timestep)
+            marked = torch.ops.hf_accel.begin_forward(hidden, level, ids, list(dims or ()), self.context.key)
+            if spec.latents in kwargs:
+                return args, {**kwargs, spec.latents: marked}
+            return (marked, *args[1:]), kwargs
+        prompt = arguments.get("encoder_hidden_states")
+        self.context.begin(tuple(hidden.shape), timestep, dims, ids, prompt)
+        return None
+
+
+class EndHook:
+    """Forward hook of the denoiser, called after exceptions too."""
+
+    def __init__(self, context: SeamContext):
+        self.context = context
+
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.context.end(raised=output is None)
+
+
+class LayerHook:
+    """Forward pre-hook of one attention module: says which layer runs. Nothing under ``torch.compile``."""
+
+    def __init__(self, context: SeamContext, index: int):
+        self.context, self.index = context, index
+
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self.context.enter_layer(self.index)
+
+
+def in_backward() -> bool:
+    """Whether autograd's backward pass runs in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def context_by_key(key: int) -> SeamContext | None:
+    """The context that an opaque operator names; None if its model is gone."""
+    return _CONTEXTS.get(key)
+
+
+def active_context() -> SeamContext | None:
+    """The context of the forward that runs in this thread."""
+    return _ACTIVE.context
+
+
+def context_of(module: torch.nn.Module) -> SeamContext | None:
+    """The seam context of a patched denoiser, found through its root hook."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, RootHook):
+            return hook.context
+    return None
+
+
+@torch.library.custom_op("hf_accel::begin_forward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _begin_forward(
+    hidden: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor | None, dims: Sequence[int], key: int
+) -> torch.Tensor:
+    """Tell context ``key`` that a compiled forward begins. Returns a copy of ``hidden``, so that the data flow
+    puts everything else behind it."""
+    context = context_by_key(key)
+    if context is not None:
+        frames_height_width = (dims[0], dims[1], dims[2]) if len(dims) == 3 else None
+        context.begin(tuple(hidden.shape), timestep, frames_height_width, ids)
+    return hidden.clone()
+
+
+@_begin_forward.register_fake
+def _(hidden, timestep, ids, dims, key):
+    return torch.empty_like(hidden)
+
+
+def _begin_backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    return grad, None, None, None, None
+
+
+_begin_forward.register_autograd(_begin_backward)

@@ -1,0 +1,246 @@
+"""The self-conditioning of transformers' DiffusionGemma, whose decoder embeds what it predicted one step before.
+
+In the middle of its forward the decoder computes ``matmul(logits.softmax(-1, fp32).to(dtype), weight)``, then scales
+it, masks it and passes it through an MLP. Only that product is replaced: ``forward`` is overridden on the instance, and
+hands the model's own code, in place of the logits, an object that puts the softmax off until it is multiplied. What the
+model does before and after is its own code still.
+
+``torch.compile`` traces all of it. Unlike a hook, an overridden ``forward`` is also seen by what was compiled before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import types
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from hf_accel.errors import NothingPatched
+from hf_accel.hosts.patching.forward_override import override_forward
+from hf_accel.hosts.target import Model, kind
+from hf_accel.kernels.common.dispatch import Choice
+from hf_accel.ledger import Ledger
+from hf_accel.report import MethodReport, Patched
+
+_ATTRIBUTE = "_hf_accel_self_conditioning"
+# Names in the code of a decoder that computes its self-conditioning as described above.
+_SPELLED = frozenset({"self_conditioning", "softmax", "matmul", "embed_tokens"})
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class SoftEmbedder(Protocol):
+    """What is put into the site."""
+
+    def embed(self, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``softmax(logits) @ weight``: ``[B, S, V]`` and ``[V, D]`` -> ``[B, S, D]`` in ``weight``'s dtype."""
+
+    def choice(self, weight: torch.Tensor) -> Choice:
+        """Which implementation runs on ``weight``, and why."""
+
+
+@dataclass
+class SelfConditioningStatistics:
+    """What the site did since it was applied. A replayed CUDA graph does nothing in Python and is not counted."""
+
+    forwards: int = 0
+    first_steps: int = 0  # without a prediction of the step before
+    calls: int = 0
+    rows: int = 0
+    dense_calls: Counter[str] = field(default_factory=Counter)
+    kernels: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "forwards": self.forwards,
+            "first_steps": self.first_steps,
+            "calls": self.calls,
+            "rows": self.rows,
+            "dense_calls": dict(self.dense_calls),
+            "kernels": {op: {"backend": b, "reason": r} for op, (b, r) in self.kernels.items()},
+        }
+
+    def lines(self, method: str) -> list[str]:
+        """What ran, for the printed report."""
+        lines = [
+            f"  ran       {self.forwards} decoder forwards, {self.first_steps} of them first steps; {self.calls} "
+            f"embedded by {method}, {self.rows} rows"
+        ]
+        lines += [f"  dense     {n} x {reason}" for reason, n in self.dense_calls.most_common()]
+        return lines + [f"  kernel    {op}: {backend} ({why})" for op, (backend, why) in sorted(self.kernels.items())]
+
+
+def why_not(module: torch.nn.Module) -> str | None:
+    """Why a model has no self-conditioning that can be reached, in words; None if it has."""
+    name = type(module).__name__
+    decoder = _decoder_of(module)
+    if decoder is None:
+        return (
+            f"{name} is a {kind(module)} without DiffusionGemma's self-conditioning (model.decoder.self_conditioning)"
+        )
+    code = getattr(inspect.unwrap(type(decoder).forward), "__code__", None)
+    if code is None or not set(code.co_names) >= _SPELLED:
+        return f"{type(decoder).__name__} of this version of transformers computes its self-conditioning another way"
+    if _ATTRIBUTE in decoder.__dict__:
+        return f"the self-conditioning of this {name} is already taken by another hf_accel method"
+    own = decoder.__dict__.get("forward")
+    if own is not None and "_old_forward" not in decoder.__dict__:
+        return (
+            f"the forward of its {type(decoder).__name__} was replaced by another library ({type(own).__name__}); take "
+            "that off first, or apply hf_accel before it"
+        )
+    return None
+
+
+def install(model: Model, core: SoftEmbedder, ledger: Ledger, report: MethodReport) -> SelfConditioningContext:
+    """Let ``core`` compute the expected embeddings of ``model``'s self-conditioning.
+
+    Raises:
+        NothingPatched: it has none that can be reached.
+    """
+    reason = why_not(model.module)
+    decoder = _decoder_of(model.module)
+    if reason is not None or decoder is None:
+        raise NothingPatched(f"{model.class_name}: {reason}.")
+    run = SelfConditioningStatistics()
+    report.run = run
+    names = tuple(name for name in inspect.signature(type(decoder).forward).parameters if name != "self")
+    context = SelfConditioningContext(core, names, run)
+    ledger.set(decoder, _ATTRIBUTE, context)
+    override_forward(ledger, decoder, types.MethodType(_forward, decoder))
+    report.patched.append(Patched(model.name, "model.decoder", "expected embedding of the self-conditioning"))
+    return context
+
+
+def _decoder_of(module: torch.nn.Module) -> torch.nn.Module | None:
+    decoder = getattr(getattr(module, "model", None), "decoder", None)
+    parts = ("self_conditioning", "embed_tokens")
+    return decoder if isinstance(decoder, torch.nn.Module) and all(hasattr(decoder, p) for p in parts) else None
+
+
+_CONTEXTS: weakref.WeakValueDictionary[int, SelfConditioningContext] = weakref.WeakValueDictionary()
+_KEYS = itertools.count(1)
+
+
+class SelfConditioningContext:
+    """State of the site on one model.
+
+    Args:
+        core: computes the embeddings.
+        names: the arguments of the decoder's forward, in order.
+        run: where calls are counted.
+    """
+
+    def __init__(self, core: SoftEmbedder, names: tuple[str, ...], run: SelfConditioningStatistics):
+        self.core, self.names, self.run = core, names, run
+        self._adopt_key()
+
+    def _adopt_key(self) -> None:
+        self.key = next(_KEYS)
+        _CONTEXTS[self.key] = self
+
+    def __deepcopy__(self, memo: dict) -> SelfConditioningContext:
+        import copy
+
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        twin._adopt_key()
+        return twin
+
+    def record(self, tokens: torch.Tensor, weight: torch.Tensor, verdict: str) -> None:
+        """Count one forward over ``tokens`` ``[B, S]``; ``verdict`` as :func:`_verdict` gives it."""
+        run = self.run
+        run.forwards += 1
+        if verdict == FIRST:
+            run.first_steps += 1
+        elif verdict != EMBED:
+            run.dense_calls[verdict] += 1
+        else:
+            run.calls += 1
+            run.rows += tokens.numel()
+            choice = self.core.choice(weight)
+            run.kernels["soft_embed"] = choice.backend, choice.reason
+
+
+EMBED, FIRST = "embed", "first step"
+
+
+def _verdict(logits: torch.Tensor | None, weight: torch.Tensor) -> str:
+    """``EMBED``, ``FIRST`` where there is nothing to embed, or why the model's own code must run."""
+    if logits is None:
+        return FIRST
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return "the logits want a gradient"
+    if torch.is_autocast_enabled(logits.device.type):
+        return "autocast is on"
+    if logits.dtype not in _DTYPES or weight.dtype not in _DTYPES:
+        return f"dtypes {logits.dtype} and {weight.dtype}".replace("torch.", "")
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        return f"the embeddings are a {type(weight).__name__}"
+    if logits.shape[-1] != weight.shape[0]:
+        return "logits over another vocabulary"  # the model says what it thinks of that
+    return EMBED
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The decoder's forward, with the product of probabilities and embeddings put off."""
+    context: SelfConditioningContext = getattr(self, _ATTRIBUTE)
+    arguments = {**dict(zip(context.names, args, strict=False)), **kwargs}
+    logits, weight = arguments.get("self_conditioning_logits"), self.embed_tokens.weight
+    verdict = _verdict(logits, weight)
+    tokens = arguments["decoder_input_ids"]
+    if torch.compiler.is_compiling():
+        arguments["decoder_input_ids"] = torch.ops.hf_accel.count_self_conditioning(
+            tokens, weight, verdict, context.key
+        )
+    else:
+        context.record(tokens, weight, verdict)
+    if logits is not None and verdict == EMBED:
+        arguments["self_conditioning_logits"] = PendingLogits(logits, context.core)
+    return type(self).forward(self, **arguments)
+
+
+class PendingLogits:
+    """Logits that can do one thing, as the decoder writes it: ``softmax(dim=-1, dtype=torch.float32)``."""
+
+    def __init__(self, logits: torch.Tensor, core: SoftEmbedder):
+        self.logits, self.core = logits, core
+
+    def softmax(self, dim: int, dtype: torch.dtype) -> PendingProbabilities:
+        return PendingProbabilities(self.logits, self.core)
+
+
+class PendingProbabilities:
+    """Probabilities of which nothing but their product with the embeddings will be made."""
+
+    def __init__(self, logits: torch.Tensor, core: SoftEmbedder):
+        self.logits, self.core = logits, core
+
+    def to(self, dtype: torch.dtype) -> PendingProbabilities:
+        return self  # the embeddings' dtype, to which the core rounds by itself
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is not torch.matmul or kwargs or not isinstance(args[0], cls):
+            return NotImplemented
+        pending, weight = args
+        return pending.core.embed(pending.logits, weight)
+
+
+@torch.library.custom_op("hf_accel::count_self_conditioning", mutates_args=())
+def _count(tokens: torch.Tensor, weight: torch.Tensor, verdict: str, key: int) -> torch.Tensor:
+    """Tell context ``key`` of a compiled forward. Returns a copy of ``tokens``, so that the forward depends on it."""
+    context = _CONTEXTS.get(key)
+    if context is not None:
+        context.record(tokens, weight, verdict)
+    return tokens.clone()
+
+
+@_count.register_fake
+def _(tokens, weight, verdict, key):
+    return torch.empty_like(tokens)

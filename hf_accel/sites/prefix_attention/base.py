@@ -1,0 +1,110 @@
+"""Methods on the attention of block-diffusion language models: the base class, and what runs them inside the seam."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from hf_accel.attention.gate import resolve_share
+from hf_accel.config import Config as Settings
+from hf_accel.config import setting
+from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.target import Model
+from hf_accel.ledger import Ledger
+from hf_accel.method import Method
+from hf_accel.report import MethodReport
+from hf_accel.sites.prefix_attention import install as block_attention
+from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.install import BlockSeam
+from hf_accel.sites.prefix_attention.split import split_attention
+
+
+@dataclass(frozen=True)
+class BlockAttentionConfig(Settings):
+    """What the settings of all approximate methods on prefix attention have in common."""
+
+    min_prefix: int = setting(0, "shorter prefixes are attended exactly", ge=0)
+    dense_layers: int | float = setting(0, "first layers that are attended exactly", share=True)
+
+
+class BlockAttentionMethod(Method):
+    """A method that computes the attention of an active block to its frozen prefix and to itself: :meth:`attend`.
+
+    ``min_prefix`` and ``dense_layers`` in its settings are honoured before :meth:`attend` is asked; what they exclude
+    is attended exactly, in two parts.
+
+    Attributes:
+        traceable: it keeps no state, so that ``torch.compile`` may trace it into the model's graph.
+    """
+
+    traceable: ClassVar[bool] = False
+
+    @abstractmethod
+    def attend(self, call: BlockCall, state: Any) -> torch.Tensor:
+        """Compute one call of a denoising step: ``[B, Hq, b, D]`` like ``call.query``.
+
+        ``state`` is what :meth:`new_state` made for this layer in this block.
+        """
+
+    def new_state(self) -> Any:
+        """State of one layer for one block."""
+        return None
+
+    def begin_block(self) -> None:
+        """Another block begins, or another request."""
+
+    @classmethod
+    def why_not(cls, model: Model) -> str | None:
+        return block_attention.why_not(model.module)
+
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> BlockSeam:
+        return block_attention.install(model, BlockRunner(self), ledger, report)
+
+
+class BlockRunner:
+    """Runs a method inside the seam: gates, and state per layer and block."""
+
+    def __init__(self, method: BlockAttentionMethod):
+        self.method = method
+        self.traceable = method.traceable
+        self._states: dict[int, Any] = {}
+
+    def __deepcopy__(self, memo: dict) -> BlockRunner:
+        twin = BlockRunner(copy.deepcopy(self.method, memo))
+        memo[id(self)] = twin
+        return twin  # the block that runs is the original's
+
+    def reset(self) -> None:
+        self._states = {}
+        self.method.begin_block()
+
+    def attend(self, call: BlockCall) -> torch.Tensor:
+        if self.traceable:
+            return self.method.attend(call, None)
+        reason = self._why_exact(call)
+        if reason is not None:
+            call.notes["density"] = 1.0
+            call.notes["exact"] = reason
+            return split_attention(call, getattr(self.method.config, "backend", "auto"))
+        layer = call.layer.index
+        if layer not in self._states:
+            self._states[layer] = self.method.new_state()
+        return self.method.attend(call, self._states[layer])
+
+    def _why_exact(self, call: BlockCall) -> str | None:
+        config = self.method.config
+        if call.prefix <= getattr(config, "min_prefix", 0):
+            return "short prefix (min_prefix)"
+        if call.sliding:
+            return "sliding layer"
+        share = getattr(config, "dense_layers", 0)
+        owner = self.method.name
+        if call.layer.index < resolve_share(share, call.layer.count, owner=owner, field="dense_layers"):
+            return "dense layer (dense_layers)"
+        if call.query.dtype not in self.method.facts.dtypes:
+            return f"dtype {str(call.query.dtype).removeprefix('torch.')}"
+        return None

@@ -1,0 +1,1 @@
+"""The loop that every training here shares: data, checkpoints, resuming, history."""

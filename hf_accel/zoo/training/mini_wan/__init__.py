@@ -1,9 +1,0 @@
-"""Training of `mini-wan`: a small text-to-video model of moving, textured shapes.
-
-The modules import each other relatively and nothing else of hf_accel, so that the folder also runs alone on a
-machine that has only torch, transformers and diffusers::
-
-    PYTHONPATH=hf_accel/zoo/training python3 -m mini_wan.train --out DIR --minutes 9
-    python3 -m hf_accel.zoo.training.mini_wan.assemble --checkpoint DIR --out hf_accel/zoo/mini-wan
-    python3 -m hf_accel.zoo.training.mini_wan.judge --model hf_accel/zoo/mini-wan --out DIR
-"""

@@ -1,0 +1,260 @@
+"""The step clock against the ways in which pipelines call their denoiser."""
+
+from __future__ import annotations
+
+import weakref
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+
+from hf_accel.hosts.clocks.steps import Announcement, Clock, read_timestep
+
+SHAPE = (1, 4, 3, 8, 8)
+
+
+class Scheduled:
+    """A pipeline, as far as the clock looks at it."""
+
+    def __init__(self, timesteps=None, scheduler=None):
+        self.scheduler = scheduler if scheduler is not None else SimpleNamespace(timesteps=timesteps)
+
+
+def drive(clock: Clock, timesteps, branches=1, names=(), prompts=()):
+    """One generation; returns (step index, branch, generation) of every forward."""
+    seen = []
+    for timestep in timesteps:
+        for branch in range(branches):
+            clock.announced = Announcement(names[branch]) if names else None
+            step = clock.tick(timestep, SHAPE, prompts[branch] if prompts else None)
+            clock.announced = None
+            seen.append((step.index, step.branch, step.generation))
+    return seen
+
+
+def test_two_passes_count_as_one_step():
+    assert drive(Clock(), [900.0, 500.0], branches=2) == [
+        (0, "call0", 0),
+        (0, "call1", 0),
+        (1, "call0", 0),
+        (1, "call1", 0),
+    ]
+
+
+def test_named_branches_keep_their_names():
+    seen = drive(Clock(), [900.0, 500.0], branches=2, names=("cond", "uncond"))
+    assert [branch for _, branch, _ in seen] == ["cond", "uncond", "cond", "uncond"]
+    assert [index for index, _, _ in seen] == [0, 0, 1, 1]
+
+
+def test_rising_timestep_begins_a_generation():
+    clock = Clock()
+    drive(clock, [667.0, 334.0, 1.0])
+    assert drive(clock, [667.0, 334.0])[0] == (0, "call0", 1)
+
+
+def test_other_step_count_on_the_second_call():
+    clock = Clock()
+    drive(clock, [900.0, 600.0, 300.0])
+    assert [s[0] for s in drive(clock, [999.0, 750.0, 500.0, 250.0])] == [0, 1, 2, 3]
+
+
+def test_end_of_the_pipeline_call_begins_a_generation_even_at_the_same_timestep():
+    clock = Clock()
+    drive(clock, [999.0])
+    clock.finish()
+    assert drive(clock, [999.0]) == [(0, "call0", 1)]
+
+
+def test_other_shape_begins_a_generation():
+    clock = Clock()
+    clock.tick(500.0, SHAPE)
+    assert clock.tick(500.0, (1, 4, 3, 16, 16)).generation == 1
+
+
+def test_abandoned_first_step_is_noticed_by_its_prompt():
+    clock = Clock()
+    first = [torch.zeros(1), torch.zeros(1)]
+    drive(clock, [999.0], branches=2, prompts=first)
+    first.clear()  # the call raised: its frame and prompt are gone
+    second = [torch.zeros(1), torch.zeros(1)]
+    assert drive(clock, [999.0, 500.0], branches=2, prompts=second) == [
+        (0, "call0", 1),
+        (0, "call1", 1),
+        (1, "call0", 1),
+        (1, "call1", 1),
+    ]
+
+
+def test_prompts_made_anew_every_step_do_not_restart_later_steps():
+    clock = Clock()
+    generations = [clock.tick(t, SHAPE, torch.zeros(1)).generation for t in (900.0, 600.0, 600.0, 300.0)]
+    assert generations == [0, 0, 0, 0]
+
+
+def test_repeated_name_at_one_timestep_is_a_second_order_step():
+    clock = Clock()
+    seen = drive(clock, [900.0, 500.0, 500.0], branches=2, names=("cond", "uncond"))
+    assert [index for index, _, _ in seen] == [0, 0, 1, 1, 2, 2]
+
+
+def test_announced_step_and_count_win_and_spare_the_read():
+    clock = Clock()
+    clock.announced = Announcement("cond", step_index=3, num_inference_steps=12)
+    assert not clock.needs_timestep()
+    step = clock.tick(None, SHAPE)
+    assert (step.index, step.count, step.progress) == (3, 12, 0.25)
+    clock.announced = Announcement("cond", step_index=0, num_inference_steps=12)
+    assert clock.tick(None, SHAPE).generation == 1
+
+
+def test_count_comes_from_the_pipeline_and_follows_it():
+    class Pipeline:
+        _num_timesteps = 10
+
+    pipeline = Pipeline()
+    clock = Clock(weakref.ref(pipeline))
+    assert clock.tick(900.0, SHAPE).count == 10
+    pipeline._num_timesteps = 4
+    assert clock.tick(999.0, SHAPE).count == 4
+
+
+def test_progress_without_a_count_follows_the_timestep():
+    clock = Clock()
+    clock.tick(1000.0, SHAPE)
+    assert clock.tick(750.0, SHAPE).progress == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("value", [500, torch.tensor(500), torch.tensor([500.0, 500.0]), torch.tensor([[0.0, 500.0]])])
+def test_timesteps_of_every_form(value):
+    assert read_timestep(value) == 500.0
+
+
+# -- places in the scheduler's own tensor ---------------------------------------------------------------------------
+
+
+def place(timesteps, timestep):
+    pipeline = Scheduled(timesteps)
+    return Clock(weakref.ref(pipeline)).position_of(timestep)
+
+
+def test_views_of_the_schedule_have_a_place():
+    schedule = torch.tensor([900, 600, 600, 300])
+    for index, timestep in enumerate(schedule):
+        assert place(schedule, timestep) == index
+        assert place(schedule, timestep[None]) == index
+        assert place(schedule, timestep.expand(4)) == index
+        assert place(schedule, timestep.view(1, 1).expand(2, 3)) == index
+        assert place(schedule, schedule[index : index + 1]) == index
+        assert place(schedule, timestep.detach()) == index
+    assert place(schedule, schedule[::2][1]) == 2
+    assert place(schedule, schedule.flip(0)[0]) is None  # a copy
+
+
+def test_a_schedule_that_is_itself_a_view():
+    base = torch.arange(1000.0, 0.0, -100.0)
+    for start, step in ((0, 2), (3, 1), (1, 3)):
+        schedule = base[start::step]
+        for index, timestep in enumerate(schedule):
+            assert place(schedule, timestep) == index
+    assert place(base[::2], base[1]) is None  # between two entries
+    assert place(base[3:], base[2]) is None  # in front of it
+    assert place(base[:3], base[3]) is None  # behind it
+
+
+@pytest.mark.parametrize(
+    "timestep",
+    [
+        600,
+        600.0,
+        None,
+        torch.tensor(600),
+        torch.tensor([600, 600]),
+        torch.empty(0, dtype=torch.long),
+    ],
+)
+def test_what_is_no_view_of_the_schedule_has_no_place(timestep):
+    assert place(torch.tensor([900, 600, 300]), timestep) is None
+
+
+def test_copies_and_several_entries_have_no_place():
+    schedule = torch.tensor([900, 600, 300])
+    for timestep in (
+        schedule[1].clone(),
+        schedule[1].float(),
+        schedule[1].repeat(2),
+        schedule[:2],
+        schedule[0].to("meta"),
+    ):
+        assert place(schedule, timestep) is None
+
+
+def test_without_a_schedule_nothing_has_a_place():
+    timestep = torch.tensor([900])[0]
+    assert Clock().position_of(timestep) is None
+    for timesteps in (None, [900], torch.tensor(900), torch.empty(0), torch.ones(2, 2)):
+        assert place(timesteps, timestep) is None
+    pipeline = Scheduled(torch.tensor([900]))
+    clock = Clock(weakref.ref(pipeline))
+    timestep = pipeline.scheduler.timesteps[0]
+    assert clock.position_of(timestep) == 0
+    del pipeline
+    assert clock.position_of(timestep) is None
+
+
+def go_through(clock, scheduler, steps, branches=1):
+    scheduler.set_timesteps(steps)
+    seen = []
+    for timestep in scheduler.timesteps:
+        for _ in range(branches):
+            step = clock.tick(None, SHAPE, None, clock.position_of(timestep))
+            seen.append((step.index, step.branch, step.generation, step.count))
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # schedulers of diffusers, with numpy 2
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_every_entry_is_a_step_also_where_timesteps_repeat(name, branches):
+    scheduler = getattr(diffusers, name)()
+    pipeline = Scheduled(scheduler=scheduler)
+    clock = Clock(weakref.ref(pipeline))
+    for generation, steps in enumerate((5, 8, 8)):
+        seen = go_through(clock, scheduler, steps, branches)
+        count = len(scheduler.timesteps)
+        assert seen == [(i, f"call{b}", generation, count) for i in range(count) for b in range(branches)]
+        if name in ("PNDMScheduler", "HeunDiscreteScheduler"):
+            assert len(set(scheduler.timesteps.tolist())) < count
+
+
+def test_a_schedule_set_anew_begins_a_generation_whatever_the_timestep():
+    scheduler = diffusers.DDIMScheduler()
+    pipeline = Scheduled(scheduler=scheduler)
+    clock = Clock(weakref.ref(pipeline))
+    scheduler.set_timesteps(4)
+    first = clock.tick(None, SHAPE, None, clock.position_of(scheduler.timesteps[0]))
+    scheduler.set_timesteps(4)
+    again = clock.tick(None, SHAPE, None, clock.position_of(scheduler.timesteps[1]))
+    assert (first.generation, again.generation, again.index) == (0, 1, 0)
+    assert again.branch == "call0"
+
+
+def test_a_run_that_begins_inside_of_the_schedule_counts_from_there():
+    """Image to image at strength 0.5, and refiners, pass a part of the schedule."""
+    scheduler = diffusers.DDIMScheduler()
+    pipeline = Scheduled(scheduler=scheduler)
+    clock = Clock(weakref.ref(pipeline))
+    scheduler.set_timesteps(6)
+    positions = [clock.position_of(timestep) for timestep in scheduler.timesteps[3:]]
+    assert positions == [3, 4, 5]
+    assert [clock.tick(None, SHAPE, None, p).index for p in positions] == [0, 1, 2]
+    earlier = clock.tick(None, SHAPE, None, 2)
+    assert (earlier.generation, earlier.index) == (1, 0)
+
+
+def test_a_skipped_entry_is_a_skipped_step():
+    schedule = torch.tensor([900, 600, 300])
+    pipeline = Scheduled(schedule)
+    clock = Clock(weakref.ref(pipeline))
+    assert [clock.tick(None, SHAPE, None, clock.position_of(schedule[i])).index for i in (0, 2)] == [0, 2]

@@ -1,0 +1,217 @@
+"""The seam of causal language models: prefill through the method, everything else as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+
+import hf_accel
+from hf_accel.attention.call import AttentionCall
+from hf_accel.errors import NotApplicable
+from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.target import Model
+from hf_accel.ledger import Ledger
+from hf_accel.report import MethodReport
+from hf_accel.sites.attention import transformers as language
+
+
+def llama(seed: int = 0, **extra) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, **extra,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def tokens(batch: int = 1, length: int = 20) -> torch.Tensor:
+    return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def run_of(applied):
+    return applied.report().entries[0].run
+
+
+class Recorder:
+    """A core that writes down what it is handed, and computes the reference from the call's own words."""
+
+    differentiable = True
+
+    def __init__(self):
+        self.calls: list[AttentionCall] = []
+
+    def reset(self):
+        pass
+
+    def attend(self, call):
+        self.calls.append(call)
+        groups = call.query.shape[1] // call.key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) for x in (call.key, call.value))
+        rows, columns = call.query.shape[2], key.shape[2]
+        mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows) if call.causal else None
+        valid = call.key_validity()
+        if valid is not None:
+            mask = mask & valid[:, None, None]
+            mask = mask | ~mask.any(-1, keepdim=True)  # rows of padding see something, nobody reads it
+        return torch.nn.functional.scaled_dot_product_attention(
+            call.query, key, value, attn_mask=mask, scale=call.scale
+        )
+
+
+def record(model):
+    core, ledger, report = Recorder(), Ledger(), MethodReport("test", {}, "model", type(model).__name__)
+    language.install(Model("model", model), core, ledger, report, Clock())
+    return core, ledger, report
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_padding_is_split_off_the_causal_mask(implementation, side):
+    model = llama(attn_implementation=implementation)
+    ids, mask = tokens(2), torch.ones(2, 20, dtype=torch.long)
+    if side == "left":
+        mask[1, :7] = 0
+    elif side == "right":
+        mask[1, 13:] = 0
+    dense = model(ids, attention_mask=mask).logits
+    core, ledger, report = record(model)
+    ours = model(ids, attention_mask=mask).logits
+    ledger.undo()
+    assert len(core.calls) == 2
+    assert not report.run.dense_calls
+    assert all(call.causal for call in core.calls)
+    assert [call.layer.index for call in core.calls] == [0, 1]
+    assert all((call.mask is None) == (side is None) for call in core.calls)
+    seen = mask.bool()
+    assert torch.allclose(ours[seen], dense[seen], atol=1e-5)
+
+
+@torch.no_grad()
+def test_generation_decodes_with_the_models_own_attention():
+    model, ids = llama(), tokens()
+    plain = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    with hf_accel.apply(model, "dense") as applied:
+        ours = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        run = run_of(applied)
+    assert torch.equal(ours, plain)
+    assert run.sparse_calls == 2
+    assert run.dense_calls == {"decoding: one query": 8}
+    assert run.generations == 1
+
+
+@torch.no_grad()
+def test_a_static_cache_is_cut_to_what_the_queries_see():
+    model, ids = llama(), tokens()
+    dense = model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64)).logits
+    core, ledger, _ = record(model)
+    ours = model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64)).logits
+    ledger.undo()
+    assert [call.key.shape[2] for call in core.calls] == [20, 20]
+    assert torch.allclose(ours, dense, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_prefill_in_pieces_is_aligned_to_the_end_of_its_keys():
+    model, ids = llama(), tokens()
+    dense = model(ids).logits
+    core, ledger, _ = record(model)
+    first = model(ids[:, :12], use_cache=True)
+    second = model(ids[:, 12:], past_key_values=first.past_key_values).logits
+    ledger.undo()
+    assert [(c.query.shape[2], c.key.shape[2]) for c in core.calls] == [(12, 12)] * 2 + [(8, 20)] * 2
+    assert torch.allclose(second, dense[:, 12:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_sliding_window_runs_dense_and_is_counted():
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    dense = model(tokens()).logits
+    core, ledger, report = record(model)
+    ours = model(tokens()).logits
+    ledger.undo()
+    assert [call.layer.index for call in core.calls] == [1]
+    assert sum(report.run.dense_calls.values()) == 1
+    assert "sliding window" in next(iter(report.run.dense_calls))
+    assert torch.allclose(ours, dense, atol=1e-5)
+
+
+@torch.no_grad()
+def test_models_that_share_a_configuration_do_not_see_each_other():
+    first, ids = llama(), tokens()
+    second = LlamaForCausalLM(first.config).eval()
+    plain = second(ids).logits
+    with hf_accel.apply(first, "dense") as applied:
+        assert torch.equal(second(ids).logits, plain)
+        assert run_of(applied).forwards == 0
+
+
+def test_undo_is_exact_and_nothing_of_ours_stays_registered():
+    model, ids = llama(), tokens()
+    before = dict(vars(model.config))
+    with torch.no_grad():
+        dense = model(ids).logits
+    applied = hf_accel.apply(model, "dense")
+    twin = copy.deepcopy(model)
+    assert model.config._attn_implementation == "hf_accel-sdpa"
+    applied.revert()
+    assert vars(model.config) == before
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, dense)
+        assert torch.allclose(twin(ids).logits, dense, atol=1e-6)  # the copy is still patched
+    hf_accel.revert(twin)
+    assert "hf_accel-sdpa" not in AttentionInterface._global_mapping
+    assert "hf_accel-sdpa" not in AttentionMaskInterface._global_mapping
+
+
+def test_gradients_flow_and_saving_names_no_implementation(tmp_path):
+    model, ids = llama(), tokens()
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    dense = gradients()
+    with hf_accel.apply(model, "dense"):
+        ours = gradients()
+        model.save_pretrained(tmp_path)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, dense, strict=True))
+    assert LlamaForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_compiled_prefill_is_one_graph():
+    model, ids = llama(), tokens()
+    dense = model(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    with hf_accel.apply(model, "dense") as applied:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        ours = [compiled(ids, use_cache=False).logits for _ in range(2)]
+        run = run_of(applied)
+    assert all(torch.allclose(x, dense, atol=1e-5) for x in ours)
+    assert (run.forwards, run.sparse_calls) == (2, 4)
+    torch._dynamo.reset()
+
+
+def test_what_cannot_be_reached_is_said():
+    with pytest.raises(NotApplicable, match=r"set_attn_implementation\('sdpa'\)"):
+        hf_accel.apply(llama(attn_implementation="flex_attention"), "dense")
+    with pytest.raises(NotApplicable, match="language model"):
+        hf_accel.apply(llama(), "svg2")
