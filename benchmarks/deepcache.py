@@ -25,7 +25,6 @@ from typing import Any
 
 import common  # noqa: F401 (finds hf_accel in the checkout)
 import torch
-from hf_accel_zoo.training.mini_sd import judge
 
 import hf_accel
 from hf_accel import zoo
@@ -36,6 +35,7 @@ from hf_accel.measure.machine import describe_machine
 from hf_accel.measure.quality import psnr, ssim
 from hf_accel.measure.tables import align, times
 from hf_accel.sites.attention.break_even import wait_for
+from hf_accel_zoo.training.mini_sd import judge
 
 PLAIN = "plain"
 PROMPT_SEED = 505  # of the draw; training drew from others

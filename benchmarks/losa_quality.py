@@ -26,14 +26,14 @@ from typing import Any
 
 import common  # noqa: F401  (finds the checkout)
 import torch
-from hf_accel_zoo.training.mini_sdar import tasks
 
 import hf_accel
 from hf_accel.config import Config
+from hf_accel.facts import Facts
 from hf_accel.measure.machine import describe_machine
-from hf_accel.method import Facts
-from hf_accel.sites.prefix_attention.base import BlockAttentionMethod
-from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.base import PrefixAttentionMethod
+from hf_accel.sites.prefix_attention.call import PrefixCall
+from hf_accel_zoo.training.mini_sdar import tasks
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class OwnConfig(Config):
 
 
 @hf_accel.register
-class Own(BlockAttentionMethod):
+class Own(PrefixAttentionMethod):
     """The model's own attention through the seam, counted and timed."""
 
     name = "own-block-attention"
@@ -59,7 +59,7 @@ class Own(BlockAttentionMethod):
     )
     Config = OwnConfig
 
-    def attend(self, call: BlockCall, state: Any) -> torch.Tensor:
+    def attend(self, call: PrefixCall, state: Any) -> torch.Tensor:
         call.notes["density"] = 1.0
         return call.dense()
 

@@ -33,8 +33,8 @@ from hf_accel.attention.call import Layer
 from hf_accel.measure.machine import describe_machine
 from hf_accel.patches.losa import LoSA, LoSAConfig
 from hf_accel.patches.quest import Quest, QuestConfig
-from hf_accel.sites.prefix_attention.base import BlockAttentionMethod
-from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.base import PrefixAttentionMethod
+from hf_accel.sites.prefix_attention.call import PrefixCall
 from hf_accel.sites.prefix_attention.split import split_attention
 
 STEPS = 4  # queries to go round
@@ -74,18 +74,18 @@ class Block:
             ]
             self.calls.append(self.call(*parts))
 
-    def call(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> BlockCall:
+    def call(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> PrefixCall:
         def dense() -> torch.Tensor:
             keys, values = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
             return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
-        return BlockCall(
+        return PrefixCall(
             query=query, key=key, value=value, prefix_key=self.key, prefix_value=self.value, prefix_valid=None,
             block_mask=None, scale=query.shape[-1] ** -0.5, layer=Layer("attention", 0, 1), index=1, changed=None,
             most_changed=0, dense=dense,
         )  # fmt: skip
 
-    def steps(self, method: BlockAttentionMethod) -> Callable[[], torch.Tensor]:
+    def steps(self, method: PrefixAttentionMethod) -> Callable[[], torch.Tensor]:
         """One step after another of one block that does not end."""
         state, count = method.new_state(), 0
 

@@ -17,12 +17,13 @@ from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.layout import density
 from hf_accel.attention.selectors import top_k, top_p
 from hf_accel.config import Config, setting
+from hf_accel.facts import Facts
 from hf_accel.kernels.block_sparse_attention import block_map_to_index, block_sparse_attention
 from hf_accel.kernels.kmeans import KMeansResult
 from hf_accel.kernels.permute import sort_by_label
-from hf_accel.method import AttentionMethod, Facts
 from hf_accel.patches.svg2 import SVG2, Centroids, SVG2Config, video_span
 from hf_accel.registry import register
+from hf_accel.sites.attention.base import AttentionMethod
 
 ROWS = 256  # rows of the attention map that exist at a time: small enough for the cache of a CPU
 

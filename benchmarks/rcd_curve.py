@@ -31,12 +31,12 @@ from typing import Any
 
 import common  # (finds the checkout)
 import torch
-from hf_accel_zoo.training.mini_sdar import tasks
 
 import hf_accel
 from hf_accel.measure.machine import describe_machine
 from hf_accel.measure.tables import align
 from hf_accel.sites.attention.break_even import wait_for
+from hf_accel_zoo.training.mini_sdar import tasks
 
 ZOO = common.ROOT / "hf_accel" / "zoo"
 SEQD, RCD, OFF = "seqd", "rcd", "rcd, residual off"

@@ -1,7 +1,7 @@
 """What goes together: pairs of methods, and methods with what others put on a model.
 
-Everything is derived from declared facts (``method.conflict``, ``method.apart``); nothing here knows a method by name.
-``python -m hf_accel.composition > docs/compatibility.md`` writes the page of the documentation.
+Everything is derived from declared facts; nothing here knows a method by name. The page of the documentation is written
+by ``docs/make/compatibility.py``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,79 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_accel import registry
-from hf_accel.hosts.foreign import FOREIGN, Foreign
-from hf_accel.method import EXCLUSIVE_SITES, Method, Party, apart, conflict, hosts_in_words, site_of
+import torch
 
-COMMAND = "python -m hf_accel.composition > docs/compatibility.md"
+from hf_accel import registry
+from hf_accel.base import Method
+from hf_accel.facts import HOSTS_OF, Host, Medium, overlap, place_in_words
+from hf_accel.hosts.denoisers import describe
+from hf_accel.hosts.foreign import FOREIGN, Foreign
+from hf_accel.hosts.networks import host_of
+
+Party = type[Method] | Foreign
+
+
+def apart(a: Party, b: Party) -> str | None:
+    """Why the two never meet, no model taking both; None if one does. Symmetric."""
+    first, second = sorted((a, b), key=lambda party: party.name)
+    families = [party.facts.families for party in (first, second) if not isinstance(party, Foreign)]
+    strangers = len(families) == 2 and all(families) and not families[0] & families[1]
+    if _places(first) & _places(second) and not strangers:
+        return None
+    words = (f"{party.name} is for {hosts_in_words(party)}" for party in (first, second))
+    return f"no model takes both: {'; '.join(words)}"
+
+
+def conflict(a: Party, b: Party) -> str | None:
+    """Why two methods, or a method and something foreign, cannot be on one model together, or None. Symmetric.
+
+    None also where they never meet (:func:`apart`).
+    """
+    if type(a) is type(b) and a.name == b.name:
+        return None  # applying a method again replaces it
+    if apart(a, b) is not None:
+        return None
+    first, second = sorted((a, b), key=lambda party: party.name)
+    if (place := overlap(sites_of(first), sites_of(second))) is not None:
+        return f"{first.name} and {second.name} both own the {place_in_words(place)} of a model; only one can"
+    for method, other in ((first, second), (second, first)):
+        # A step cache inside the model runs its own forward in parts.
+        if "step cache: inside" in sites_of(method) and isinstance(other, Foreign) and other.replaces_forward:
+            return f"{method.name} runs parts of the model's forward, and {other.name} has replaced that forward"
+    return None
+
+
+def takes(cls: type[Method], module: torch.nn.Module) -> bool:
+    """Whether a method is meant for this kind of network, by its facts alone."""
+    spec, host = describe(module), host_of(module)
+    if spec is None and host == "unet" and "attention" in cls.facts.sites:
+        return False  # nobody reads its tokens
+    shown = {spec.medium} if spec is not None else set(HOSTS_OF)
+    return any(place == host and medium in shown for place, medium in cls.facts.places)
+
+
+def sites_of(party: Party) -> frozenset[str]:
+    """The places that a method, or something foreign, takes."""
+    if isinstance(party, Foreign):
+        return frozenset({party.site} if party.site is not None else ())
+    return party.facts.sites
+
+
+def _places(party: Party) -> frozenset[tuple[Host, Medium]]:
+    if isinstance(party, Foreign):
+        return frozenset((host, medium) for host in party.hosts for medium in HOSTS_OF)
+    return party.facts.places
+
+
+def hosts_in_words(party: Party) -> str:
+    """The kinds of networks of a method, or of something foreign, for people."""
+    if isinstance(party, Foreign):
+        return ", ".join(sorted(party.hosts)) or "none that a method takes"
+    media: dict[Host, list[str]] = {}
+    for host, medium in sorted(party.facts.places):
+        media.setdefault(host, []).append(medium)
+    words = ", ".join(f"{host} ({', '.join(shown)})" for host, shown in media.items())
+    return f"{words}: {', '.join(sorted(party.facts.families))}" if party.facts.families else words
 
 
 @dataclass(frozen=True)
@@ -83,24 +151,25 @@ class Explanation(list[Verdict]):
         for item in self.pairs:
             if item.works:
                 continue
-            site = _shared_site(item)
+            site = shared_site(item)
             if site is None:
                 single.append(f"{item.first} + {item.second}: {item.reason}")
             else:
                 groups.setdefault(site, []).extend((item.first, item.second))
-        words = [f"one of {', '.join(sorted(set(names)))} ({site} site)" for site, names in sorted(groups.items())]
+        words = [
+            f"one of {', '.join(sorted(set(names)))} ({place_in_words(site)})" for site, names in sorted(groups.items())
+        ]
         words += [f"not {text}" for text in single]
         if not words:
             return "all pairs work"
         return "; ".join(words) + ("; all other pairs work" if any(item.works for item in self.pairs) else "")
 
 
-def _shared_site(item: Pair) -> str | None:
+def shared_site(item: Pair) -> str | None:
     """The site that both of a refused pair own, if that is why it is refused."""
     parties = _parties()
-    sites = {site_of(parties[name]) for name in (item.first, item.second) if name in parties}
-    site = sites.pop() if len(sites) == 1 else None
-    return site if site in EXCLUSIVE_SITES else None
+    both = [sites_of(parties[name]) for name in (item.first, item.second) if name in parties]
+    return overlap(*both) if len(both) == 2 else None
 
 
 def _parties() -> dict[str, Party]:
@@ -111,85 +180,3 @@ def pairs_among(methods: Sequence[type[Method]], foreign: Sequence[Foreign]) -> 
     """All pairs among methods that one model takes, and of these with the foreign things that stand on it."""
     among = [pair(a, b) for a, b in itertools.combinations(methods, 2)]
     return among + [pair(cls, entry) for cls in methods for entry in foreign]
-
-
-# -- the page of the documentation -----------------------------------------------------------------------------------
-
-_YES, _NO, _APART = "yes", "**no**", "-"
-
-
-def page() -> str:
-    """``docs/compatibility.md``: methods by methods, methods by foreign things, and the reasons."""
-    methods = list(registry.methods().values())
-    lines = [
-        "# What goes together",
-        "",
-        f"Written by `{COMMAND}` from what methods declare (`Facts`)",
-        "and from `hosts/foreign.py`; tests hold both to what really happens on tiny models.",
-        "`hf_accel.explain(pipe)` says the same of the pipeline at hand, with what stands on it.",
-        "",
-        f"{_YES}: in any order of applying, enabling and taking off. {_NO}: refused with `Conflict`; reasons below.",
-        f"{_APART}: no model takes both.",
-        "",
-        "## Methods with methods",
-        "",
-        *_table(
-            [cls.name for cls in methods], [(cls.name, [_cell(cls, other) for other in methods]) for cls in methods]
-        ),
-        "",
-        "| method | site | works on |",
-        "|---|---|---|",
-        *(f"| `{cls.name}` | {cls.facts.site} | {hosts_in_words(cls)} |" for cls in methods),
-        "",
-        "Methods of different components of a pipeline never meet. Applying a method again replaces it.",
-        "",
-        *_refusals(list(itertools.combinations(methods, 2))),
-        "",
-        "## Methods with what others put on the model",
-        "",
-        *_table([cls.name for cls in methods], [(e.name, [_cell(cls, e) for cls in methods]) for e in FOREIGN]),
-        "",
-        "| | what it is | together with a method | taken off by |",
-        "|---|---|---|---|",
-        *(f"| {e.name} | {e.what} | {e.note or 'nothing to know'} | {e.off} |" for e in FOREIGN),
-        "",
-        *_refusals([(cls, entry) for cls in methods for entry in FOREIGN]),
-        "",
-        "`apply()` refuses a method whose site is taken. Enabling another library's cache *after* `apply()` cannot be",
-        "refused by us: `explain()` shows it. Taking either off leaves the other at work.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(a: Party, b: Party) -> str:
-    if a is b or apart(a, b) is not None:
-        return _APART if a is not b else ""
-    return _NO if conflict(a, b) is not None else _YES
-
-
-def _table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    head = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    return head + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
-
-
-def _refusals(pairs: Sequence[tuple[Party, Party]]) -> list[str]:
-    """Each reason once: shared sites as sets, the others as sentences."""
-    sites: dict[str, list[str]] = {}
-    others = []
-    for a, b in pairs:
-        reason = conflict(a, b)
-        if reason is None:
-            continue
-        site = _shared_site(Pair(a.name, b.name, False, reason))
-        if site is not None:
-            sites.setdefault(site, []).extend((a.name, b.name))
-        else:
-            others.append(f"- {reason}.")
-    shared = [
-        f"- One of {', '.join(sorted(set(names)))}: each owns the {site} site." for site, names in sorted(sites.items())
-    ]
-    return shared + others
-
-
-if __name__ == "__main__":
-    print(page(), end="")

@@ -14,8 +14,8 @@ import pkgutil
 from importlib.metadata import entry_points
 from typing import TypeVar
 
+from hf_accel.base import Method
 from hf_accel.errors import HFAccelError, UnknownMethod
-from hf_accel.method import Method
 
 ENTRY_POINT_GROUP = "hf_accel.methods"
 M = TypeVar("M", bound=type[Method])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
 import hf_accel
+import tiny
 from hf_accel import errors, registry
+from hf_accel.base import Method
+from hf_accel.composition import conflict
 from hf_accel.config import Config
-from hf_accel.method import AttentionMethod, Facts, Method, conflict
+from hf_accel.facts import Facts
 from hf_accel.patches.svg2 import SVG2Config
 from hf_accel.sites.attention import diffusers as attention_host
+from hf_accel.sites.attention.base import AttentionMethod
 
 
 @pytest.fixture

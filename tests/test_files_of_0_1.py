@@ -85,7 +85,8 @@ def test_a_run_is_resumed(outputs, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (FILES / "presets").glob("*.yaml")))
 def test_presets(file, tmp_path):
-    from hf_accel.presets.preset import dump, load
+    from hf_accel.presets.files import dump
+    from hf_accel.presets.loading import load
 
     preset = load(str(FILES / "presets" / file))
     names = [wanted.method for wanted in preset.wanted]
@@ -97,8 +98,8 @@ def test_presets(file, tmp_path):
 def test_public_names():
     """What users of 0.1 import, by every way that its documentation shows."""
     from hf_accel.config import Config, setting  # noqa: F401
-    from hf_accel.method import AttentionMethod, Facts, Method, SparseAttentionConfig, StepCacheMethod  # noqa: F401
     from hf_accel.peft import PackedLoraLinear, QWHAConfig, QWHALinear, QWHAModel, merge_into_dense  # noqa: F401
+    from hf_accel.sites.step_cache.base import StepCacheMethod  # noqa: F401
     from hf_accel.train import teacher  # noqa: F401
     from hf_accel.train.rcd import RCDTrainer, RCDTrainingConfig  # noqa: F401
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import tiny
 
 import hf_accel
+import tiny
 from hf_accel import errors, registry
+from hf_accel.base import Method
 from hf_accel.config import Config, setting
-from hf_accel.method import Facts, Method
+from hf_accel.facts import Facts
 
 
 @pytest.fixture

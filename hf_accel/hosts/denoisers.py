@@ -14,22 +14,10 @@ from typing import Any, Literal
 import torch
 
 from hf_accel.attention.call import TextPlace
-from hf_accel.hosts.block_context import family_of
-from hf_accel.hosts.target import kind
+from hf_accel.facts import Medium
 
 Arguments = Mapping[str, Any]
 Dims = tuple[int, int, int]
-Medium = Literal["video", "image", "text"]
-Host = Literal["transformer", "unet", "language model", "block diffusion"]
-
-HOSTS: frozenset[Host] = frozenset({"transformer", "unet", "language model", "block diffusion"})
-# Kinds of networks whose self-attention shows a medium. The frames of a video are batch items to a U-Net's attention.
-# Block diffusion models are text too, but what is put on their attention is written for them and names them.
-HOSTS_OF: dict[Medium, frozenset[Host]] = {
-    "video": frozenset({"transformer"}),
-    "image": frozenset({"transformer", "unet"}),
-    "text": frozenset({"language model"}),
-}
 
 
 @dataclass(frozen=True)
@@ -230,15 +218,3 @@ def describe(module: torch.nn.Module) -> Denoiser | None:
         if cls.__name__ in DENOISERS:
             return DENOISERS[cls.__name__]
     return None
-
-
-def host_of(module: torch.nn.Module) -> Host | None:
-    """Which kind of network this is, of those that methods are put on; None if of none."""
-    spec = describe(module)
-    if spec is not None:
-        return "unet" if spec.levels else "transformer"
-    if family_of(module) is not None:
-        return "block diffusion"
-    if kind(module) == "language model":
-        return "language model"
-    return "unet" if kind(module) == "denoiser" and type(module).__name__.startswith("UNet") else None

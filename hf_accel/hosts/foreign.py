@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hf_accel.hosts.denoisers import HOSTS, Host
+from hf_accel.facts import HOSTS, Host
 from hf_accel.hosts.target import is_a
 
 _REGISTRY = "_diffusers_hook"

@@ -13,7 +13,7 @@ from hf_accel.hosts.target import is_a
 _FEWEST_LINEARS = 2
 
 
-def block_list(model: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
+def layer_list(model: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
     """The lists of blocks of a model of transformers or diffusers, by dotted name, in the order of registration.
 
     A list counts if the model declares the class of one of its items as its repeated block (``_repeated_blocks`` of
@@ -35,9 +35,9 @@ def block_list(model: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
     return _outermost([(name, blocks) for name, blocks in lists if any(map(_has_linears, blocks))])
 
 
-def block_names(model: torch.nn.Module) -> list[str]:
+def layer_names(model: torch.nn.Module) -> list[str]:
     """Dotted names of all blocks, list by list."""
-    return [f"{name}.{index}" for name, blocks in block_list(model) for index in range(len(blocks))]
+    return [f"{name}.{index}" for name, blocks in layer_list(model) for index in range(len(blocks))]
 
 
 def is_linear(module: torch.nn.Module) -> bool:

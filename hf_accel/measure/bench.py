@@ -23,7 +23,7 @@ from hf_accel.measure.pareto import Point, draw
 from hf_accel.measure.synthetic import video_tokens
 from hf_accel.measure.tables import align, times
 from hf_accel.measure.timing import Timing, in_turn
-from hf_accel.method import AttentionMethod, AttentionRunner
+from hf_accel.sites.attention.base import AttentionMethod, AttentionRunner
 
 DENSITIES = (0.5, 0.3, 0.15)
 
@@ -179,7 +179,7 @@ def bench_attention(
         reference = in_fp32(call)
         for name, cls in classes.items():
             if not issubclass(cls, AttentionMethod):
-                out.skipped[name] = f"works at the {cls.facts.site}, not on attention"
+                out.skipped[name] = f"works at the {cls.facts.sites_in_words}, not on attention"
                 continue
             given = {**ungated(cls), **((settings or {}).get(name) or {})}
             try:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_accel.method import Method
+from hf_accel.base import Method
 
 TOLERANCE = 0.01
 TRIES = 14

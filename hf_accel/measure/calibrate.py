@@ -28,7 +28,7 @@ from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model, resolve
 from hf_accel.ledger import Ledger
 from hf_accel.measure.machine import describe_machine
-from hf_accel.presets import families, preset
+from hf_accel.presets import families, files
 from hf_accel.presets.preset import Match, Preset, Wanted
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import diffusers as attention_host
@@ -326,5 +326,5 @@ def _store(config: Config, models: Sequence[Model], evidence: dict[str, Any], ou
         evidence=evidence,
         description=f"{config.METHOD} with the thresholds of every head, fitted by hf_accel.calibrate.",
     )
-    path = preset.dump(made, out) if out is not None else None
+    path = files.dump(made, out) if out is not None else None
     return Calibration(config, made, evidence, path)

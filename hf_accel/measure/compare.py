@@ -138,7 +138,7 @@ class Comparison:
         """Plain data for JSON."""
         return {
             "pipeline": self.pipeline,
-            "call": {name: _plain(value) for name, value in self.call.items()},
+            "call": {name: plain(value) for name, value in self.call.items()},
             "machine": self.machine,
             "memory": self.memory,
             "summary": [asdict(entry) for entry in self.summary()],
@@ -430,9 +430,9 @@ def _decibels(value: float) -> str:
     return "equal" if value >= PSNR_LIMIT or math.isinf(value) else f"{value:.2f}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return type(value).__name__

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hf_accel.report import RunStatistics
+from hf_accel.sites.attention.statistics import AttentionStatistics
 
 # Shorter sides below this are enlarged, so that a miniature's video can be seen.
 SMALL = 200
@@ -59,7 +59,7 @@ def _row(unpatched: torch.Tensor, ours: torch.Tensor, label: str, zoom: int):
     return canvas
 
 
-def write_density_map(file: Path, run: RunStatistics, label: str) -> None:
+def write_density_map(file: Path, run: AttentionStatistics, label: str) -> None:
     """Heat map of density, layer x step, of the last generation; dense calls are 1."""
     import matplotlib
 

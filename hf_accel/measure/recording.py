@@ -15,9 +15,9 @@ from hf_accel.errors import HFAccelError, NotApplicable
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import resolve
 from hf_accel.ledger import Ledger
-from hf_accel.method import AttentionMethod
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import diffusers as attention_host
+from hf_accel.sites.attention.base import AttentionMethod
 
 
 class Recorder:

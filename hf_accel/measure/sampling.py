@@ -12,7 +12,9 @@ from hf_accel.api import apply
 from hf_accel.errors import NotApplicable
 from hf_accel.hosts.target import execution_device
 from hf_accel.measure.memory import PeakMemory
-from hf_accel.report import Report, RunStatistics, StepStatistics
+from hf_accel.report import Report
+from hf_accel.sites.attention.statistics import AttentionStatistics
+from hf_accel.sites.step_cache.statistics import StepCacheStatistics
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,19 @@ class Sample:
     peak_bytes: int | None = None
 
     @property
-    def attention_runs(self) -> list[RunStatistics]:
+    def attention_runs(self) -> list[AttentionStatistics]:
         """Counters of every attention method on every model."""
         return attention_runs(self.report)
 
     @property
-    def step_runs(self) -> list[StepStatistics]:
+    def step_runs(self) -> list[StepCacheStatistics]:
         """Counters of every step cache on every model."""
-        return [entry.run for entry in self.report or () if isinstance(entry.run, StepStatistics)]
+        return [entry.run for entry in self.report or () if isinstance(entry.run, StepCacheStatistics)]
 
 
-def attention_runs(report: Report | None) -> list[RunStatistics]:
+def attention_runs(report: Report | None) -> list[AttentionStatistics]:
     """Counters of the attention methods in a report."""
-    return [entry.run for entry in report or () if isinstance(entry.run, RunStatistics)]
+    return [entry.run for entry in report or () if isinstance(entry.run, AttentionStatistics)]
 
 
 def generate(pipe: Any, prompt: str, seed: int, **call: Any) -> Sample:

@@ -48,12 +48,13 @@ from hf_accel.attention.call import Step
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config, setting
 from hf_accel.errors import Conflict, InvalidSetting
+from hf_accel.facts import Facts
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
-from hf_accel.method import Facts, StepCacheMethod
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
+from hf_accel.sites.step_cache.base import StepCacheMethod
 from hf_accel.sites.step_cache.unet_views import deepest_branch
 
 FEW_STEPS = 10  # distilled samplers; neighbouring steps of theirs are not alike
@@ -89,7 +90,7 @@ class DeepCache(StepCacheMethod):
     paper = "DeepCache: Accelerating Diffusion Models for Free, arXiv 2312.00858"
     summary = "U-Nets: deep features are computed every N-th step and reused between"
     facts = Facts(
-        site="step cache",
+        site="step cache: inside",
         needs=frozenset({"step"}),
         media=frozenset({"image", "video"}),
         hosts=frozenset({"unet"}),

@@ -9,8 +9,9 @@ import torch
 
 from hf_accel.attention.call import AttentionCall
 from hf_accel.config import Config
-from hf_accel.method import AttentionMethod, Facts
+from hf_accel.facts import Facts
 from hf_accel.registry import register
+from hf_accel.sites.attention.base import AttentionMethod
 
 
 @dataclass(frozen=True)

@@ -38,15 +38,15 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from hf_accel.base import Method
 from hf_accel.checkpoints.gptq.layout import declare
 from hf_accel.config import Config, setting
 from hf_accel.errors import InvalidSetting, NothingPatched, QuantizationError
+from hf_accel.facts import HOSTS, HOSTS_OF, Facts
 from hf_accel.hosts.clocks.steps import Clock
-from hf_accel.hosts.denoisers import HOSTS, HOSTS_OF
 from hf_accel.hosts.target import Model, is_a, kind
 from hf_accel.kernels.quantized_linear import backend_for
 from hf_accel.ledger import Ledger
-from hf_accel.method import Facts, Method
 from hf_accel.quant import coordinate_descent
 from hf_accel.quant.formats import format_of
 from hf_accel.quant.gptq_solver import Solution, gptq_solve, output_error, round_to_nearest
@@ -61,8 +61,8 @@ from hf_accel.sites.linear.originals import drop, offload, settle
 from hf_accel.sites.linear.places import LinearSite, convolutions, replace, survey, why_irreplaceable
 from hf_accel.sites.linear.samples import calibration_from
 from hf_accel.sites.linear.statistics import LayerRecord, QuantizationStatistics
-from hf_accel.sites.linear.store import BlockStore, describe_run
-from hf_accel.sites.linear.stream import BlockStream, Gathered, Unit
+from hf_accel.sites.linear.store import LayerStore, describe_run
+from hf_accel.sites.linear.stream import Gathered, LayerStream, Unit
 
 _CONVOLUTION = "a convolution: the packed layout is for linears"
 
@@ -264,8 +264,8 @@ class GPTQ(Method):
         if given.get("resume_dir") is not None:
             settings = {k: v for k, v in asdict(config).items() if k not in ("progress", "original", "block_size")}
             run = describe_run(settings, model.module, sites, found.samples)
-            store = BlockStore(given["resume_dir"], run, self.name)
-        stream = BlockStream(
+            store = LayerStore(given["resume_dir"], run, self.name)
+        stream = LayerStream(
             model.module, found.samples, sites, device=given.get("device"), true_sequential=config.true_sequential,
             gram_dtype=getattr(torch, config.gram_dtype), progress=config.progress, title=self.name,
         )  # fmt: skip
@@ -379,7 +379,7 @@ class GPTQ(Method):
 
     # -- finished blocks -----------------------------------------------------------------------------------------
 
-    def _store(self, store: BlockStore, unit: Unit, packed: dict[str, PackedLinear]) -> None:
+    def _store(self, store: LayerStore, unit: Unit, packed: dict[str, PackedLinear]) -> None:
         tensors = {f"{name}.{key}": value for name, p in packed.items() for key, value in p.state_dict().items()}
         store.write(unit.name, tensors, [asdict(layer) for layer in self.run.layers if layer.name in packed])
 

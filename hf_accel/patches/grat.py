@@ -37,6 +37,7 @@ from hf_accel.attention.static import Recent
 from hf_accel.attention.tiles import Tiling, cross_map, fill_tiles, neighbour_map
 from hf_accel.config import setting
 from hf_accel.errors import InvalidSetting
+from hf_accel.facts import Facts
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.block_sparse_attention import backend_for as fixed_backend
@@ -45,11 +46,11 @@ from hf_accel.kernels.permute import gather_rows
 from hf_accel.kernels.variable_block_attention import backend_for as variable_backend
 from hf_accel.kernels.variable_block_attention import variable_block_attention
 from hf_accel.ledger import Ledger
-from hf_accel.method import AttentionMethod, Facts, SparseAttentionConfig
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import token_order
-from hf_accel.sites.attention.seam import SeamContext
+from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
+from hf_accel.sites.attention.seam import AttentionSeam
 
 IMAGE_TILE = (1, 16, 16)
 VIDEO_TILE = (4, 8, 8)
@@ -154,7 +155,7 @@ class GRAT(AttentionMethod):
         self._reason = "hoist=False was set"
         self._notes: list[str] = []
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> SeamContext:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> AttentionSeam:
         context = super().install(model, ledger, report, clock)
         self._notes = report.notes
         if self.config.hoist == "auto":

@@ -41,18 +41,18 @@ from dataclasses import dataclass
 import torch
 
 from hf_accel.config import setting
-from hf_accel.hosts.block_context import DIFFUSION_GEMMA, SDAR
+from hf_accel.facts import Facts
+from hf_accel.hosts.block_families import DIFFUSION_GEMMA, SDAR
 from hf_accel.kernels.paged_attention import active_topk
-from hf_accel.method import Facts
 from hf_accel.registry import register
-from hf_accel.sites.prefix_attention.base import BlockAttentionConfig, BlockAttentionMethod
-from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.base import PrefixAttentionConfig, PrefixAttentionMethod
+from hf_accel.sites.prefix_attention.call import PrefixCall
 from hf_accel.sites.prefix_attention.pages import PagedPrefix
 from hf_accel.sites.prefix_attention.split import with_block
 
 
 @dataclass(frozen=True)
-class PagedPrefixConfig(BlockAttentionConfig):
+class PagedPrefixConfig(PrefixAttentionConfig):
     """Settings of the methods that read a few pages of the prefix."""
 
     budget: int = setting(256, "keys of the prefix per active token and query head; taken in whole pages", ge=1)
@@ -96,7 +96,7 @@ class PrefixPart:
     prefix: int
     step: int
 
-    def precedes(self, call: BlockCall) -> bool:
+    def precedes(self, call: PrefixCall) -> bool:
         """Whether it is what the step before this call left."""
         reference, query = self.reference, call.query
         follows = call.index == self.step + 1 and call.prefix == self.prefix
@@ -111,7 +111,7 @@ class BlockState:
 
 
 @register
-class LoSA(BlockAttentionMethod):
+class LoSA(PrefixAttentionMethod):
     """Prefix attention of moved tokens over a few pages, kept parts for the rest, the block dense."""
 
     name = "losa"
@@ -141,7 +141,7 @@ class LoSA(BlockAttentionMethod):
     def begin_block(self) -> None:
         self.prefix.begin_block()
 
-    def attend(self, call: BlockCall, state: BlockState) -> torch.Tensor:
+    def attend(self, call: PrefixCall, state: BlockState) -> torch.Tensor:
         part = state.part
         if part is not None and part.precedes(call):
             self.renew(call, part)
@@ -152,7 +152,7 @@ class LoSA(BlockAttentionMethod):
         part.step = call.index
         return with_block(call, part.out, part.lse, self.config.backend)
 
-    def renew(self, call: BlockCall, part: PrefixPart) -> None:
+    def renew(self, call: PrefixCall, part: PrefixPart) -> None:
         """Compute the active rows of ``part`` anew; stable rows stay as they are, bit for bit."""
         query, length = call.query, call.query.shape[2]
         count = self.active_rows(call)
@@ -172,7 +172,7 @@ class LoSA(BlockAttentionMethod):
         if self.config.reference == "prev":
             part.reference = query
 
-    def active_rows(self, call: BlockCall) -> int:
+    def active_rows(self, call: PrefixCall) -> int:
         """How many rows of the block are active in this step: ``k_act``, or as many as changed if more did."""
         length, share = call.query.shape[2], self.config.k_act
         count = math.ceil(share * length - 1e-9 * length) if isinstance(share, float) else share

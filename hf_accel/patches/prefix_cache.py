@@ -39,12 +39,13 @@ from typing import Any
 
 import torch
 
+from hf_accel.base import Method
 from hf_accel.config import Config, setting
-from hf_accel.hosts.block_context import LLADA2
+from hf_accel.facts import Facts
+from hf_accel.hosts.block_families import LLADA2
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
-from hf_accel.method import Facts, Method
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
 from hf_accel.sites.kv_cache import seam as host

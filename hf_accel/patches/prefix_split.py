@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from hf_accel.config import Config as Settings
-from hf_accel.hosts.block_context import DIFFUSION_GEMMA, SDAR
-from hf_accel.method import Facts
+from hf_accel.facts import Facts
+from hf_accel.hosts.block_families import DIFFUSION_GEMMA, SDAR
 from hf_accel.registry import register
-from hf_accel.sites.prefix_attention.base import BlockAttentionMethod
-from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.base import PrefixAttentionMethod
+from hf_accel.sites.prefix_attention.call import PrefixCall
 from hf_accel.sites.prefix_attention.split import split_attention
 
 
@@ -38,7 +38,7 @@ class PrefixSplitConfig(Settings):
 
 
 @register
-class PrefixSplit(BlockAttentionMethod):
+class PrefixSplit(PrefixAttentionMethod):
     name = "prefix-split"
     paper = "Flash-Decoding's merge by log-sum-exp, on FlashAttention (arXiv 2205.14135)"
     summary = "exact: the frozen prefix of a block-diffusion model is attended where it lies, never concatenated"
@@ -54,6 +54,6 @@ class PrefixSplit(BlockAttentionMethod):
     Config = PrefixSplitConfig
     traceable = True
 
-    def attend(self, call: BlockCall, state: Any) -> torch.Tensor:
+    def attend(self, call: PrefixCall, state: Any) -> torch.Tensor:
         call.notes["density"] = 1.0
         return split_attention(call)

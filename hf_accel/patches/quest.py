@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from hf_accel.config import setting
-from hf_accel.hosts.block_context import DIFFUSION_GEMMA, SDAR
-from hf_accel.method import Facts
+from hf_accel.facts import Facts
+from hf_accel.hosts.block_families import DIFFUSION_GEMMA, SDAR
 from hf_accel.patches.losa import PagedPrefixConfig
 from hf_accel.registry import register
-from hf_accel.sites.prefix_attention.base import BlockAttentionMethod
-from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.base import PrefixAttentionMethod
+from hf_accel.sites.prefix_attention.call import PrefixCall
 from hf_accel.sites.prefix_attention.pages import PagedPrefix
 from hf_accel.sites.prefix_attention.split import with_block
 
@@ -44,7 +44,7 @@ class QuestConfig(PagedPrefixConfig):
 
 
 @register
-class Quest(BlockAttentionMethod):
+class Quest(PrefixAttentionMethod):
     """Prefix attention over the union of the pages that all tokens of the block pick, the block dense."""
 
     name = "quest"
@@ -71,7 +71,7 @@ class Quest(BlockAttentionMethod):
     def begin_block(self) -> None:
         self.prefix.begin_block()
 
-    def attend(self, call: BlockCall, state: Any) -> torch.Tensor:
+    def attend(self, call: PrefixCall, state: Any) -> torch.Tensor:
         call.notes["active"] = 1.0
         first = call.index == 0 and self.config.dense_first
         out, lse = (self.prefix.attend_all if first else self.prefix.attend)(call, call.query)

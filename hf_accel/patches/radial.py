@@ -38,9 +38,10 @@ from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.layout import VideoLayout, block_sizes
 from hf_accel.attention.static import Recent, StaticBlocks
 from hf_accel.config import setting
+from hf_accel.facts import Facts
 from hf_accel.kernels.block_sparse_attention import backend_for, block_sparse_attention
-from hf_accel.method import AttentionMethod, Facts, SparseAttentionConfig
 from hf_accel.registry import register
+from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
 
 # The rule of the released code by which a token mask becomes a block: a column counts as dense if more than a third of
 # the block's rows keep it, and the block is kept if more than 3/5 of the columns that anybody keeps are dense.

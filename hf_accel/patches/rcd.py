@@ -36,20 +36,22 @@ from typing import Any
 
 import torch
 
+from hf_accel.base import Method
 from hf_accel.checkpoints.declaration import declaration_of, read_declaration
 from hf_accel.config import Config, setting
 from hf_accel.errors import NotApplicable, WeightsMismatch
+from hf_accel.facts import Facts
 from hf_accel.hosts import loading as language_loading
-from hf_accel.hosts.block_context import FULL, LLADA2, SDAR, BlockStep
+from hf_accel.hosts.block_families import FULL, LLADA2, SDAR
+from hf_accel.hosts.clocks.block_steps import BlockStep
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model, unwrap
 from hf_accel.kernels.soft_embedding import backend_for, entropy_lse, normalized_entropy, soft_embed
 from hf_accel.ledger import Ledger
-from hf_accel.method import Facts, Method
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
 from hf_accel.sites.embedding import residual as residual_context
-from hf_accel.sites.embedding.residual import ResidualContext, context_of
+from hf_accel.sites.embedding.residual import ResidualSeam, context_of
 from hf_accel.sites.embedding.start import OwnStart, ReferenceStart, Start
 from hf_accel.sites.embedding.table import EmbeddingTable, embedding_table
 
@@ -217,7 +219,7 @@ class RCD(Method):
         super().__init__(config)
         self._reference = ReferenceStart()
         self._warned: set[str] = set()
-        self._context: ResidualContext | None = None
+        self._context: ResidualSeam | None = None
 
     @classmethod
     def why_not(cls, model: Model) -> str | None:
@@ -228,7 +230,7 @@ class RCD(Method):
         if self.config.reference in (None, former.config.reference):
             self._reference.model = former._reference.model
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> ResidualContext:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> ResidualSeam:
         config = self.config
         context = residual_context.install(
             model, self, ledger, report, mask_token=config.mask_token_id, shift=config.logit_shift, start=self._start()

@@ -38,17 +38,18 @@ from hf_accel.attention.layout import VideoLayout, block_sizes, density, expand_
 from hf_accel.attention.selectors import top_k
 from hf_accel.checkpoints import parameters
 from hf_accel.config import setting
+from hf_accel.facts import Facts
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.block_sparse_attention import block_map_to_index
 from hf_accel.kernels.block_summary import block_summary
 from hf_accel.kernels.sparse_linear_attention import OP, backend_for, sparse_linear_attention
 from hf_accel.ledger import Ledger
-from hf_accel.method import AttentionMethod, Facts, SparseAttentionConfig
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
+from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
 from hf_accel.sites.attention.heads import head_dim
-from hf_accel.sites.attention.seam import SeamContext
+from hf_accel.sites.attention.seam import AttentionSeam
 
 PROJECTION = "proj_l"  # name of the module in each attention; the checkpoints of the authors have the same
 
@@ -136,7 +137,7 @@ class SLA(AttentionMethod):
         if self.config.weights is None and same:
             self._projections = former._projections
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> SeamContext:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> AttentionSeam:
         context = super().install(model, ledger, report, clock)
         self._names = [layer.name for layer in context.layers]
         attentions = [model.module.get_submodule(name) for name in self._names]

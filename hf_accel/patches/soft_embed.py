@@ -18,18 +18,19 @@ from typing import Any
 
 import torch
 
+from hf_accel.base import Method
 from hf_accel.config import Config, setting
-from hf_accel.hosts.block_context import DIFFUSION_GEMMA
+from hf_accel.facts import Facts
+from hf_accel.hosts.block_families import DIFFUSION_GEMMA
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.common.dispatch import Choice
 from hf_accel.kernels.soft_embedding import backend_for, entropy_lse, soft_embed
 from hf_accel.ledger import Ledger
-from hf_accel.method import Facts, Method
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
 from hf_accel.sites.embedding import self_conditioning
-from hf_accel.sites.embedding.self_conditioning import SelfConditioningContext
+from hf_accel.sites.embedding.self_conditioning import SelfConditioningSeam
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class SoftEmbed(Method):
     def why_not(cls, model: Model) -> str | None:
         return self_conditioning.why_not(model.module)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> SelfConditioningContext:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> SelfConditioningSeam:
         return self_conditioning.install(model, self, ledger, report)
 
     def embed(self, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

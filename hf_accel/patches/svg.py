@@ -38,10 +38,11 @@ from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.layout import VideoLayout, block_sizes, expand_heads, inverse_order
 from hf_accel.attention.static import Recent, StaticBlocks
 from hf_accel.config import setting
+from hf_accel.facts import Facts
 from hf_accel.kernels.block_sparse_attention import backend_for, block_sparse_attention
 from hf_accel.kernels.permute import gather_rows, scatter_rows
-from hf_accel.method import AttentionMethod, Facts, SparseAttentionConfig
 from hf_accel.registry import register
+from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
 
 
 @dataclass(frozen=True)

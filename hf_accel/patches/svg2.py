@@ -32,13 +32,14 @@ from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.layout import density, expand_heads
 from hf_accel.attention.selectors import centroid_map, top_p
 from hf_accel.config import setting
+from hf_accel.facts import Facts
 from hf_accel.kernels.kmeans import KMeansResult, kmeans
 from hf_accel.kernels.kmeans import backend_for as kmeans_backend
 from hf_accel.kernels.permute import gather_rows
 from hf_accel.kernels.variable_block_attention import backend_for as attention_backend
 from hf_accel.kernels.variable_block_attention import variable_block_attention
-from hf_accel.method import AttentionMethod, Facts, SparseAttentionConfig
 from hf_accel.registry import register
+from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
 
 
 @dataclass(frozen=True)

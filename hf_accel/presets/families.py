@@ -15,7 +15,8 @@ import hf_accel
 from hf_accel import registry
 from hf_accel.errors import PresetError
 from hf_accel.hosts.target import Model
-from hf_accel.presets.preset import Match, Node, Preset, Wanted, read, read_match, read_method
+from hf_accel.presets.files import Node, read, read_match, read_method
+from hf_accel.presets.preset import Match, Preset, Wanted
 
 Status = Literal["published", "measured", "untuned"]
 STATUSES: tuple[Status, ...] = ("published", "measured", "untuned")

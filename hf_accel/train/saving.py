@@ -17,7 +17,8 @@ from hf_accel import api
 from hf_accel.checkpoints import parameters
 from hf_accel.errors import Conflict, NotApplicable, WeightsMismatch
 from hf_accel.hosts.target import Model, resolve
-from hf_accel.presets import preset
+from hf_accel.installing import Installation, installed
+from hf_accel.presets import files, loading
 from hf_accel.presets.preset import Match, Preset, Wanted
 from hf_accel.sites.adapter.peft import lora as adapters
 
@@ -25,14 +26,14 @@ ADAPTER = "hf_accel"  # name of the adapter that hf_accel trains
 BASE_FILE = "hf_accel_base.safetensors"
 
 
-def trained_model(target: Any, component: str | None = None) -> tuple[Model, api.Installation]:
+def trained_model(target: Any, component: str | None = None) -> tuple[Model, Installation]:
     """The one model in ``target`` that carries a method with trainable parameters, and that method.
 
     Raises:
         NotApplicable: none does, or several do and ``component`` does not say which.
     """
     models = resolve(target).models
-    found = [(m, i) for m in models for i in api.installed(m.module) if i.method.trainable_parameters()]
+    found = [(m, i) for m in models for i in installed(m.module) if i.method.trainable_parameters()]
     found = [(m, i) for m, i in found if component is None or m.name == component]
     if len(found) == 1:
         return found[0]
@@ -85,7 +86,7 @@ def save_trained(
         models=(Match(model.class_name),),
         description=description,
     )
-    preset.dump(what, folder)
+    files.dump(what, folder)
     return folder
 
 
@@ -103,7 +104,7 @@ def load_trained(target: Any, folder: str | Path, **settings: Any) -> api.Applie
         WeightsMismatch, PresetError, NotApplicable: files that do not belong to this model.
     """
     folder = Path(folder).expanduser()
-    wanted = preset.load(str(folder)).wanted[0]
+    wanted = loading.load(str(folder)).wanted[0]
     wanted = replace(wanted, config=wanted.config.replace(**settings))
     applied = api.apply(target, wanted.config)
     try:

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_hosts
 import torch
 from safetensors.torch import load_file, save_file
 
 import hf_accel
+import tiny_hosts
 from hf_accel.checkpoints.gptq import layout as checkpoint
 from hf_accel.errors import NotApplicable, QuantizationError
 from hf_accel.ledger import Ledger

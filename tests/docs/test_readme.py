@@ -7,10 +7,10 @@ import sys
 import types
 from pathlib import Path
 
-import tiny
 import torch
 
 import hf_accel
+import tiny
 from hf_accel import registry
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

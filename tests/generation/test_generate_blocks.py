@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from hf_accel_zoo.sdar import SDARAttention, SDARForCausalLM, block_causal_mask
-from tiny_sdar import BLOCK, MASK, PAD, VOCABULARY, padded, prompt, sdar
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb  # noqa: F401  as the released module has it
 
 from hf_accel import generate_blocks
 from hf_accel.generation.block_diffusion.commit_rules import commit, even_split, propose
+from hf_accel_zoo.sdar import SDARAttention, SDARForCausalLM, block_causal_mask
+from tiny_sdar import BLOCK, MASK, PAD, VOCABULARY, padded, prompt, sdar
 
 
 @pytest.fixture(scope="module")

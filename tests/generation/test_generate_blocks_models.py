@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 import transformers
-from standins import dream, llada, llada2
-from tiny_sdar import BLOCK, MASK, PAD, VOCABULARY, padded, prompt, sdar
-from tiny_text import diffusion_gemma
 
 import hf_accel
 from hf_accel import generate_blocks
 from hf_accel.errors import InvalidSetting, NotApplicable
+from standins import dream, llada, llada2
+from tiny_sdar import BLOCK, MASK, PAD, VOCABULARY, padded, prompt, sdar
+from tiny_text import diffusion_gemma
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny_hosts
 import torch
 
-from hf_accel.hosts.layer_lists import block_list, block_names, is_linear
+import tiny_hosts
+from hf_accel.hosts.layer_lists import is_linear, layer_list, layer_names
 
 LISTS = {
     "llama": {"model.layers": 2},
@@ -33,12 +33,12 @@ LISTS = {
 
 @pytest.mark.parametrize("family", LISTS)
 def test_lists_of_blocks(family):
-    assert {name: len(blocks) for name, blocks in block_list(tiny_hosts.build(family))} == LISTS[family]
+    assert {name: len(blocks) for name, blocks in layer_list(tiny_hosts.build(family))} == LISTS[family]
 
 
 def test_every_transformer_block_of_a_u_net_is_found_once():
     model = tiny_hosts.build("unet")
-    names = block_names(model)
+    names = layer_names(model)
     assert sorted(names) == sorted(n for n, m in model.named_modules() if type(m).__name__ == "BasicTransformerBlock")
 
 
@@ -57,12 +57,12 @@ def test_without_a_declaration_the_outermost_lists_with_linears_count():
     model.heads = torch.nn.ModuleList([torch.nn.Linear(4, 2)])
     model.norms = torch.nn.ModuleList([torch.nn.LayerNorm(4)])
     model.empty = torch.nn.ModuleList()
-    assert block_names(model) == ["trunk.0", "trunk.1"]
-    assert block_list(model)[0][1] is model.trunk
+    assert layer_names(model) == ["trunk.0", "trunk.1"]
+    assert layer_list(model)[0][1] is model.trunk
 
 
 def test_without_lists_there_are_no_blocks():
-    assert block_list(torch.nn.Sequential(torch.nn.Linear(2, 2))) == []
+    assert layer_list(torch.nn.Sequential(torch.nn.Linear(2, 2))) == []
 
 
 def test_what_other_libraries_put_in_the_place_of_a_linear_is_a_linear():

@@ -11,22 +11,23 @@ import itertools
 import json
 
 import pytest
-import sdar_models
 import test_prefix_cache as llada2_pipeline
-import tiny_text
 import torch
-from standins import dream, llada
 from test_attention_and_caches import equal, fingerprint, keys_aside
 from transformers import DynamicCache
 
 import hf_accel
+import sdar_models
+import tiny_text
 from hf_accel import registry
+from hf_accel.composition import apart, conflict, sites_of
 from hf_accel.errors import Conflict, NotApplicable
-from hf_accel.hosts import block_context
-from hf_accel.hosts.block_context import family_of
-from hf_accel.hosts.denoisers import host_of
+from hf_accel.facts import overlap
+from hf_accel.hosts import block_families as block_context
+from hf_accel.hosts.block_families import family_of
+from hf_accel.hosts.networks import host_of
 from hf_accel.hosts.target import Model
-from hf_accel.method import EXCLUSIVE_SITES, apart, conflict, site_of
+from standins import dream, llada
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RCD:UserWarning")  # weights here are random
 
@@ -387,7 +388,7 @@ def test_pairs(pair):
     assert conflict(a, b) == conflict(b, a)
     both = [f for f in FAMILIES if all((name, f) in CLAIMED for name in pair)]
     assert (apart(a, b) is None) == bool(both)
-    both_own = site_of(a) == site_of(b) and site_of(a) in EXCLUSIVE_SITES
+    both_own = overlap(sites_of(a), sites_of(b)) is not None
     assert (conflict(a, b) is not None) == (both_own and bool(both))
     for family in both:
         model = copy.deepcopy(MODELS[family])

@@ -7,20 +7,20 @@ import functools
 import itertools
 import types
 from collections import Counter
-from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from test_attention_and_caches import QUICK, close, equal, fingerprint, full_budget
 
 import hf_accel
-from hf_accel import composition, registry
+import tiny
+from hf_accel import registry
+from hf_accel.composition import apart, conflict, takes
 from hf_accel.errors import Conflict
-from hf_accel.hosts.denoisers import host_of
 from hf_accel.hosts.foreign import FOREIGN, reader_of_places, standing
+from hf_accel.hosts.networks import host_of
 from hf_accel.hosts.target import Model
-from hf_accel.method import AttentionMethod, apart, conflict, takes
+from hf_accel.sites.attention.base import AttentionMethod
 from hf_accel.sites.attention.seam import active_context
 
 # Methods that change weights are put beside the others in test_linear, adapters, which stand on those, in
@@ -386,7 +386,7 @@ def test_refusals_of_caches_say_what_to_write():
 
     unet = tiny.build("unet")
     apply_pyramid_attention_broadcast(unet, cache_config("PyramidAttentionBroadcast"))
-    caches = [name for name, cls in METHODS.items() if cls.facts.site == "step cache" and claims(name, unet)]
+    caches = [name for name, cls in METHODS.items() if cls.facts.at("step cache") and claims(name, unet)]
     assert caches
     for method in caches:
         with pytest.raises(Conflict, match="both own the step cache site") as refused:
@@ -493,8 +493,3 @@ def test_explain_prints_refusals_once_and_a_word_on_the_rest():
     text = str(hf_accel.explain(tiny.build("unet"))).splitlines()[-1]
     owners = [n for n in METHODS if METHODS[n].facts.site == "attention" and claims(n, tiny.build("unet"))]
     assert text == f"together         one of {', '.join(owners)} (attention site); all other pairs work"
-
-
-def test_the_page_is_up_to_date():
-    page = Path(composition.__file__).parents[1] / "docs" / "compatibility.md"
-    assert page.read_text() == composition.page(), f"run {composition.COMMAND}"

@@ -10,12 +10,12 @@ import copy
 import itertools
 
 import pytest
-import tiny
 import torch
 from test_attention_and_caches import FAMILIES, METHODS, QUICK, equal, fingerprint
 from torch._dynamo.testing import CompileCounter
 
 import hf_accel
+import tiny
 from hf_accel import registry
 from hf_accel.errors import NotApplicable
 from hf_accel.hosts.target import Model

@@ -6,21 +6,21 @@ import json
 from dataclasses import dataclass
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from hf_accel import registry
 from hf_accel.attention.call import TokenGrid
 from hf_accel.cli import main
 from hf_accel.config import Config, setting
 from hf_accel.errors import HFAccelError, InvalidSetting, NotApplicable, UnknownMethod
+from hf_accel.facts import Facts
 from hf_accel.measure import bench
 from hf_accel.measure.budget import TRIES, Dial
 from hf_accel.measure.pareto import Point, draw, front
 from hf_accel.measure.recording import density_on, record_attention
 from hf_accel.measure.synthetic import video_tokens
 from hf_accel.measure.timing import in_turn
-from hf_accel.method import Facts
 
 CPU = torch.device("cpu")
 SVG2 = {"num_q_centroids": 6, "num_k_centroids": 12, "kmeans_iter_init": 3, "min_kc_ratio": 0.0}

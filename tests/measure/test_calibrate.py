@@ -6,10 +6,11 @@ import copy
 import itertools
 
 import pytest
-import tiny
 import torch
 
 import hf_accel
+import tiny
+from hf_accel import preset
 from hf_accel.attention.call import AttentionCall, Layer, Step
 from hf_accel.errors import Conflict, HFAccelError, InvalidSetting, NotApplicable
 from hf_accel.hosts.clocks.steps import Clock
@@ -18,7 +19,6 @@ from hf_accel.ledger import Ledger
 from hf_accel.measure.calibrate import Calibratable, Probe, calibrate
 from hf_accel.patches.sparge import Sparge, SpargeConfig
 from hf_accel.patches.sparge.calibration import GRIDS, MOST_DENSITY, Curves, _least_loss, fit
-from hf_accel.presets import preset
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import diffusers as attention
 

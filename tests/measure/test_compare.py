@@ -9,15 +9,15 @@ import warnings
 
 import pytest
 import torch
-import unet_pipelines
-from tiny_pipelines import TinyPipeline
 
 import hf_accel
+import unet_pipelines
 from hf_accel.errors import Conflict, InvalidSetting, NotApplicable, UnknownMethod
 from hf_accel.measure.compare import PSNR_LIMIT
 from hf_accel.measure.memory import PeakMemory
 from hf_accel.measure.quality import psnr, ssim
 from hf_accel.patches.svg2 import SVG2Config
+from tiny_pipelines import TinyPipeline
 
 SPARSE = {
     "kmeans_iter_init": 2, "num_q_centroids": 4, "num_k_centroids": 6, "top_p": 0.3, "min_kc_ratio": 0.0,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
 from transformers import DynamicCache
+
+from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
 
 MASK = 96
 BLOCK = 4

@@ -5,9 +5,10 @@ from __future__ import annotations
 import zlib
 from types import SimpleNamespace
 
-import tiny
 import torch
 from diffusers import DiffusionPipeline
+
+import tiny
 
 
 class TinyPipeline(DiffusionPipeline):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
 
 BLOCK, MASK, PAD, VOCABULARY = 4, 90, 91, 92

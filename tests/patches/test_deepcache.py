@@ -6,11 +6,11 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 import hf_accel
+import tiny
 from hf_accel.errors import Conflict, InvalidSetting, NotApplicable
 from hf_accel.patches.deepcache import non_uniform_steps
 

@@ -11,10 +11,10 @@ import functools
 
 import pytest
 import torch
-import unet_pipelines
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import hf_accel
+import unet_pipelines
 from hf_accel import zoo
 from hf_accel.api import applied_methods
 from hf_accel.errors import HFAccelError

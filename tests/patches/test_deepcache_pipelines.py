@@ -10,7 +10,6 @@ import warnings
 
 import pytest
 import torch
-import unet_pipelines as pipelines
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -22,12 +21,13 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from unet_pipelines import FAMILIES, STEPS, call, fresh, shared
 
 import hf_accel
+import unet_pipelines as pipelines
 from hf_accel.api import applied_methods
 from hf_accel.errors import Conflict
 from hf_accel.patches.deepcache import non_uniform_steps
+from unet_pipelines import FAMILIES, STEPS, call, fresh, shared
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:hf_accel. deepcache with"),  # few steps, for the sake of time

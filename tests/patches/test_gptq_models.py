@@ -7,18 +7,18 @@ import json
 import weakref
 
 import pytest
-import tiny
 import torch
 from test_attention_and_caches import fingerprint
 
 import hf_accel
-from hf_accel import api
+import tiny
 from hf_accel.errors import InvalidSetting, NotApplicable, NothingPatched, QuantizationError, RevertRefused
+from hf_accel.installing import installed
 from hf_accel.patches.gptq import GPTQ
 from hf_accel.quant.gptq_solver import gptq_solve, round_to_nearest
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.sites.linear.places import find_linears
-from hf_accel.sites.linear.stream import BlockStream
+from hf_accel.sites.linear.stream import LayerStream
 
 QUIET = {"group_size": 32, "progress": False}
 
@@ -368,7 +368,7 @@ def test_an_interrupted_drop_leaves_whole_blocks_and_is_finished_by_the_same_cal
     assert "7 linears are packed for good" in "".join(stopped.value.__notes__)
     assert {name.split(".")[2] for name in packed(model)} == {"0"}
     assert fingerprint(unfinished) == before
-    assert not api.installed(model)
+    assert not installed(model)
     half = logits(model)
     model.save_pretrained(tmp_path)
     assert torch.allclose(logits(load_quantized(tmp_path)), half, atol=1e-5)
@@ -434,7 +434,7 @@ class Interrupted(Exception):
 
 def interrupt(monkeypatch, after):
     """Stop when so many blocks are done."""
-    whole = BlockStream.__iter__
+    whole = LayerStream.__iter__
 
     def some(self):
         for number, unit in enumerate(whole(self)):
@@ -442,7 +442,7 @@ def interrupt(monkeypatch, after):
                 raise Interrupted
             yield unit
 
-    monkeypatch.setattr(BlockStream, "__iter__", some)
+    monkeypatch.setattr(LayerStream, "__iter__", some)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
 import hf_accel
+import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import inverse_order
 from hf_accel.errors import InvalidSetting

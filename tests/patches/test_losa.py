@@ -12,8 +12,8 @@ from hf_accel.attention.call import Layer
 from hf_accel.errors import InvalidSetting
 from hf_accel.patches.losa import LoSA, LoSAConfig
 from hf_accel.patches.quest import Quest, QuestConfig
-from hf_accel.sites.prefix_attention.base import BlockRunner
-from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.base import PrefixRunner
+from hf_accel.sites.prefix_attention.call import PrefixCall
 from hf_accel.sites.prefix_attention.pages import PageBounds
 
 B, HQ, HKV, BLOCK, P, D, PAGE = 2, 4, 2, 8, 70, 16, 8
@@ -51,7 +51,7 @@ class Scene:
             jump = torch.rand(self.rows, self.block, generator=self.random).topk(self.moving, 1).indices
             size = torch.full((self.rows, self.block), 0.01).scatter(1, jump, 1.5)
             self.query = self.query + size[:, None, :, None] * self.normal(*self.query.shape)
-        return BlockCall(
+        return PrefixCall(
             query=self.query,
             key=self.normal(self.rows, self.heads[1], self.block, D),
             value=self.normal(self.rows, self.heads[1], self.block, D),
@@ -122,7 +122,7 @@ def merged(call, out, lse):
 
 
 def run(method, scene, steps=4, **more):
-    runner, outputs = BlockRunner(method), []
+    runner, outputs = PrefixRunner(method), []
     for index in range(steps):
         call = scene.call(index, **more)
         outputs.append((call, runner.attend(call)))
@@ -167,7 +167,7 @@ def test_the_first_step_is_dense_at_any_settings(name):
 def test_losa_is_its_definition(name, reference):
     """Every step against fp64 code that shares nothing with the method but the paper."""
     scene, method = Scene(3, **SCENES[name]), losa(reference=reference)
-    runner, kept, before = BlockRunner(method), None, None
+    runner, kept, before = PrefixRunner(method), None, None
     for index in range(5):
         call = scene.call(index)
         ours = runner.attend(call)
@@ -197,7 +197,7 @@ def test_losa_with_all_tokens_active_is_quest(active):
 
 
 def test_nothing_active_and_nothing_moved_is_the_step_before():
-    scene, runner = Scene(6), BlockRunner(losa(k_act=0))
+    scene, runner = Scene(6), PrefixRunner(losa(k_act=0))
     first = scene.call(0)
     again = scene.call(1, move=False)
     again.key, again.value = first.key, first.value
@@ -328,7 +328,7 @@ def test_bounds_grow_by_what_a_commit_added(padding, added, monkeypatch):
     firsts, whole = [], module.page_minmax_into
     monkeypatch.setattr(module, "page_minmax_into", lambda *a, **k: (firsts.append(a[4]), whole(*a, **k)))
     scene, method = Scene(13, padding=padding), losa()
-    runner = BlockRunner(method)
+    runner = PrefixRunner(method)
     for _ in range(3):
         runner.reset()
         for index in range(3):
@@ -366,7 +366,7 @@ def void(what, scene):
 @pytest.mark.parametrize("what", ["other request", "same length", "crop", "rows swapped", "rows dropped", "dtype"])
 @pytest.mark.parametrize("make", [losa, quest])
 def test_nothing_leaks_into_another_block(make, what):
-    used, new, outputs = BlockRunner(make()), BlockRunner(make()), []
+    used, new, outputs = PrefixRunner(make()), PrefixRunner(make()), []
     for runner in (used, new):
         scene = Scene(14)
         calls = [scene.call(index) for index in range(3)]
@@ -381,7 +381,7 @@ def test_nothing_leaks_into_another_block(make, what):
 
 
 def test_a_missed_step_starts_anew():
-    scene, runner = Scene(15), BlockRunner(losa(budget=1, k_act=1))
+    scene, runner = Scene(15), PrefixRunner(losa(budget=1, k_act=1))
     runner.attend(scene.call(0))
     scene.call(1)  # computed by the model's own code
     call = scene.call(2)
@@ -399,7 +399,7 @@ def test_another_prefix_length_without_a_reset_starts_anew():
 
 
 def test_layers_do_not_share():
-    together, apart = BlockRunner(losa()), {}
+    together, apart = PrefixRunner(losa()), {}
     scenes = {layer: Scene(17 + layer) for layer in range(3)}
     ours = {layer: [] for layer in scenes}
     for index in range(3):
@@ -423,7 +423,7 @@ def test_a_copy_keeps_nothing():
 @pytest.mark.parametrize("reference", ["prev", "anchor"])
 def test_steps_in_and_out_of_inference_mode(reference):
     expected = [out for _, out in run(losa(reference=reference), Scene(20), 5)]
-    scene, runner, ours = Scene(20), BlockRunner(losa(reference=reference)), []
+    scene, runner, ours = Scene(20), PrefixRunner(losa(reference=reference)), []
     for index in range(5):
         with torch.inference_mode(index in (0, 1, 3)):
             ours.append(runner.attend(scene.call(index)).clone())

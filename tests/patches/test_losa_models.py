@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny_text
 import torch
-from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
 from transformers import DynamicCache
 
 import hf_accel
+import tiny_text
 from hf_accel import registry
 from hf_accel.errors import NotApplicable
+from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
 
 PAGE = 8
 MASK, SIZE, VOCAB = 60, 8, 61

@@ -8,7 +8,6 @@ import inspect
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
-from standins import dream, llada, llada2
 from torch._dynamo.testing import CompileCounter
 
 import hf_accel
@@ -16,6 +15,7 @@ from hf_accel.errors import InvalidSetting, NotApplicable
 from hf_accel.patches.prefix_cache import relative_difference
 from hf_accel.sites.kv_cache.seam import Verdict, Window
 from hf_accel.sites.kv_cache.transformers import new_cache
+from standins import dream, llada, llada2
 
 MASK, EOS, BLOCK = 63, 62, 8
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny_text
 import torch
-from sdar_models import BLOCK, Graphs, denoise, prompt, sdar
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import hf_accel
+import tiny_text
 from hf_accel import registry
 from hf_accel.sites.prefix_attention.gemma import NO_MASK, OTHER_MASK, ROLLED
+from sdar_models import BLOCK, Graphs, denoise, prompt, sdar
 
 CANVAS, LAYERS, FULL, WINDOW = 8, 4, 2, 8
 PAD = 5

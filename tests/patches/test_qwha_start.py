@@ -6,12 +6,12 @@ import copy
 
 import adapted
 import pytest
-import tiny
 import torch
 from adapted import build, run
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import hf_accel
+import tiny
 from hf_accel.errors import InvalidSetting, NotApplicable, RevertRefused, WeightsMismatch
 from hf_accel.patches.qwha import initialize_qwha
 from hf_accel.peft import QWHAConfig, QWHALinear, merge_into_dense
@@ -404,7 +404,7 @@ def test_merged_adapters_are_not_overwritten(pair):
 def test_conflicts_with_nothing_of_ours():
     """An adapter stands beside every other site."""
     from hf_accel import registry
-    from hf_accel.method import conflict
+    from hf_accel.composition import conflict
 
     methods = registry.methods()
     assert not [name for name, other in methods.items() if conflict(methods["qwha"], other) is not None]

@@ -6,11 +6,11 @@ import itertools
 import math
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
 import hf_accel
+import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import VideoLayout, block_sizes
 from hf_accel.attention.layout import density as pair_density

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
 from transformers import DynamicCache
 
 import hf_accel
@@ -14,6 +13,7 @@ from hf_accel.errors import WeightsMismatch
 from hf_accel.patches.rcd import RCDConfig, interpolate, interpolation_weight, residual_embeddings, set_reference
 from hf_accel.sites.embedding.residual import context_of
 from hf_accel.sites.embedding.table import EmbeddingTable, embedding_table
+from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
 
 MASK, BLOCK = 63, 4
 

@@ -6,14 +6,14 @@ import warnings
 
 import pytest
 import torch
-from hf_accel_zoo.sdar import SDARForCausalLM
-from standins import dream, llada, llada2
 from test_rcd import MASK, close, commit, prompt, put, sample, sdar
-from tiny_text import diffusion_gemma
 
 import hf_accel
 from hf_accel.errors import InvalidSetting, NotApplicable, WeightsMismatch
 from hf_accel.patches.rcd import residual_embeddings, set_reference
+from hf_accel_zoo.sdar import SDARForCausalLM
+from standins import dream, llada, llada2
+from tiny_text import diffusion_gemma
 
 # -- models that run the whole sequence ----------------------------------------------------------------------------
 

@@ -8,8 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
-from standins import dream, llada
 from torch.utils.data import Dataset
 
 import hf_accel
@@ -18,6 +16,8 @@ from hf_accel.errors import InvalidSetting, NotApplicable, PresetError, WeightsM
 from hf_accel.patches.rcd import RCDConfig, residual_embeddings
 from hf_accel.train.masked import Noisy, answer_tokens, denoising_loss, doubled, mask_tokens
 from hf_accel.train.rcd import RCDTrainer, RCDTrainingConfig
+from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
+from standins import dream, llada
 
 MASK, BLOCK = 36, 4
 

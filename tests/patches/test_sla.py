@@ -10,13 +10,13 @@ import warnings
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from hub_server import HubServer
 from safetensors.torch import load_file
 
 import hf_accel
+import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import expand_block_map
 from hf_accel.checkpoints import parameters

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from tiny_text import diffusion_gemma
 
 import hf_accel
 from hf_accel.errors import NotApplicable
 from hf_accel.kernels.soft_embedding import soft_embed
+from tiny_text import diffusion_gemma
 
 CANVAS = 8
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 import yaml
 
 import hf_accel
+import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.hilbert import hilbert_order
 from hf_accel.attention.selectors import top_cdf

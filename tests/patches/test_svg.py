@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
 import hf_accel
+import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import VideoLayout, block_sizes, inverse_order
 from hf_accel.attention.layout import density as pair_density

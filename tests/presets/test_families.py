@@ -11,13 +11,13 @@ import diffusers
 import pytest
 import torch
 import transformers
-from hf_accel_zoo.training.mini_sd import model as mini_sd
 
-from hf_accel import registry
+from hf_accel import preset, registry
 from hf_accel.errors import InvalidSetting, PresetError, UnknownMethod
 from hf_accel.hosts.denoisers import DENOISERS
 from hf_accel.hosts.target import Model, resolve
-from hf_accel.presets import families, preset
+from hf_accel.presets import families
+from hf_accel_zoo.training.mini_sd import model as mini_sd
 
 VARIANTS = {variant.name: variant for variant in families.variants()}
 

@@ -19,8 +19,10 @@ from hub_server import HubServer
 from hf_accel.errors import InvalidSetting, PresetError, UnknownMethod
 from hf_accel.hosts.target import Model
 from hf_accel.patches.svg2 import SVG2Config
-from hf_accel.presets import preset
-from hf_accel.presets.preset import PRESET_FILE, Match, Preset, Wanted, dump, is_reference, load, to_yaml
+from hf_accel.presets import files, loading
+from hf_accel.presets.files import PRESET_FILE, dump, to_yaml
+from hf_accel.presets.loading import is_reference, load
+from hf_accel.presets.preset import Match, Preset, Wanted
 
 GOOD = """\
 hf_accel: 1
@@ -285,8 +287,8 @@ def test_an_unknown_method_names_the_file_and_the_nearest(tmp_path: Path) -> Non
 
 
 def test_a_large_file_is_not_read(tmp_path: Path) -> None:
-    path = write(tmp_path, SHORT + "#" * preset.MAX_BYTES)
-    with pytest.raises(PresetError, match=f"larger than {preset.MAX_BYTES} bytes"):
+    path = write(tmp_path, SHORT + "#" * files.MAX_BYTES)
+    with pytest.raises(PresetError, match=f"larger than {files.MAX_BYTES} bytes"):
         load(path)
 
 
@@ -305,7 +307,7 @@ def test_a_missing_path_is_never_looked_for_on_the_hub(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("asked the Hub")
 
-    monkeypatch.setattr(preset, "hf_hub_download", refuse)
+    monkeypatch.setattr(loading, "hf_hub_download", refuse)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PresetError, match=r"No preset file .* Give an existing path, or 'owner/name'"):
         load(reference)
@@ -329,6 +331,7 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from hf_accel import preset
+from hf_accel.presets import files, loading
 from hf_accel.errors import HFAccelError
 print(json.dumps("ready"), flush=True)
 for line in sys.stdin:

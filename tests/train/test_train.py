@@ -7,11 +7,11 @@ import json
 import math
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
 import hf_accel
+import tiny
 from hf_accel.errors import Conflict, InvalidSetting, NotApplicable, PresetError, WeightsMismatch
 from hf_accel.sites.adapter.peft import lora as adapters
 from hf_accel.train import FinetuneConfig, Finetuner, History, teacher

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hf_accel_zoo.training.mini_llama import judge, task, text, train
-from hf_accel_zoo.training.mini_llama import model as parts
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_accel import zoo
 from hf_accel.errors import InvalidSetting
 from hf_accel.zoo import llama
+from hf_accel_zoo.training.mini_llama import judge, task, text, train
+from hf_accel_zoo.training.mini_llama import model as parts
 
 NAME = "mini-llama"
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hf_accel_zoo.sdar  # noqa: F401  registers the class
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import hf_accel_zoo.sdar  # noqa: F401  registers the class
+from hf_accel import zoo
+from hf_accel.errors import InvalidSetting
 from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM, block_causal_mask
 from hf_accel_zoo.training.mini_sdar import judge, tasks, train
 from hf_accel_zoo.training.mini_sdar.assemble import tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-
-from hf_accel import zoo
-from hf_accel.errors import InvalidSetting
 
 FOLDERS = tuple(name for name in zoo.names() if name in ("mini-sdar", "mini-seqd", "mini-rcd"))
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
-from hf_accel_zoo.training.mini_wan import assemble, data, grammar, judge
-from hf_accel_zoo.training.mini_wan import model as parts
-from hf_accel_zoo.training.write import write_pipeline
 from safetensors.torch import save_file
 
 import hf_accel
 from hf_accel import zoo
 from hf_accel.errors import InvalidSetting
+from hf_accel_zoo.training.mini_wan import assemble, data, grammar, judge
+from hf_accel_zoo.training.mini_wan import model as parts
+from hf_accel_zoo.training.write import write_pipeline
 
 LIMIT = 10_000_000  # bytes of a shipped folder
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
-from hf_accel_zoo.training.mini_sd import assemble, data, grammar, judge, train
-from hf_accel_zoo.training.mini_sd import model as parts
 
 from hf_accel import zoo
+from hf_accel_zoo.training.mini_sd import assemble, data, grammar, judge, train
+from hf_accel_zoo.training.mini_sd import model as parts
 
 LIMIT = 6_000_000  # bytes of the folder
 

@@ -27,7 +27,7 @@ import torch
 
 import hf_accel
 from hf_accel.errors import QuantizationError
-from hf_accel.hosts.layer_lists import block_list, block_names, is_linear
+from hf_accel.hosts.layer_lists import is_linear, layer_list, layer_names
 from hf_accel.hosts.target import is_a
 from hf_accel.ledger import Ledger
 from hf_accel.quant.packed_linear import PackedLinear
@@ -172,7 +172,7 @@ def settings_of(model: torch.nn.Module, **told: Any) -> GPTQSettings:
     packed = {site.name: _packed(site.module) for site in sites if site.kind == "packed"}
     if not packed:
         raise QuantizationError(f"{type(model).__name__} holds no packed linear; apply gptq first.")
-    prefixes = tuple(f"{block}." for block in block_names(model))
+    prefixes = tuple(f"{block}." for block in layer_names(model))
     dense = [site.name for site in sites if site.kind != "packed" and site.name.startswith(prefixes)]
     (bits, group_size), _ = Counter((p.bits, p.group_size) for p in packed.values()).most_common(1)[0]
     dynamic: dict[str, dict[str, Any]] = {f"-:{text}": {} for text in _expressions(dense, packed)}
@@ -429,7 +429,7 @@ def _expressions(chosen: Iterable[str], rest: Iterable[str]) -> list[str]:
 
 def _names_in_blocks(model: torch.nn.Module, packed: Iterable[str]) -> list[str]:
     """Names of packed linears inside a block, each once."""
-    prefixes = tuple(f"{name}." for name, _ in block_list(model))
+    prefixes = tuple(f"{name}." for name, _ in layer_list(model))
     found: dict[str, None] = {}
     for name in packed:
         for prefix in prefixes:

@@ -42,7 +42,7 @@ from hf_accel.generation.block_diffusion.commit_rules import (
     even_split,
     propose,
 )
-from hf_accel.hosts.block_context import DIFFUSION_GEMMA, FULL, LLADA2, SDAR, family_of, mask_token_of
+from hf_accel.hosts.block_families import DIFFUSION_GEMMA, FULL, LLADA2, SDAR, family_of, mask_token_of
 from hf_accel.hosts.target import kind, unwrap
 
 if TYPE_CHECKING:

@@ -36,13 +36,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_accel.base import Method
 from hf_accel.config import Config, setting
 from hf_accel.errors import InvalidSetting
+from hf_accel.facts import HOSTS, HOSTS_OF, Facts
 from hf_accel.hosts.clocks.steps import Clock
-from hf_accel.hosts.denoisers import HOSTS, HOSTS_OF
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
-from hf_accel.method import Facts, Method
 from hf_accel.patches.qwha.correction import (
     DAMPING,
     Correction,

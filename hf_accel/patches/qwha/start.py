@@ -17,7 +17,7 @@ from hf_accel.patches.qwha.correction import DAMPING, sparse_correction, spectra
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.sites.linear.places import LinearSite, find_linears
 from hf_accel.sites.linear.samples import calibration_from
-from hf_accel.sites.linear.stream import BlockStream
+from hf_accel.sites.linear.stream import LayerStream
 
 if TYPE_CHECKING:
     from hf_accel.sites.adapter.peft import QWHAConfig as AdapterConfig
@@ -94,7 +94,7 @@ def initialize_qwha(
 
     inner = unwrap(model)
     layers = {
-        _plain(name): module
+        plain(name): module
         for name, module in inner.named_modules()
         if isinstance(module, QWHALinear) and adapter_name in module.qwha_values
     }
@@ -116,7 +116,7 @@ def initialize_qwha(
         )
         sites = [site for site in find_linears(full, list(layers)) if site.name in layers]
         _check_sites(layers, sites, full)
-        stream = BlockStream(
+        stream = LayerStream(
             full, found.samples, sites, device=place, gram_dtype=torch.float64, progress=progress, title="qwha"
         )
         starts = dict(_starts(stream, layers, adapter_name, options))
@@ -124,7 +124,7 @@ def initialize_qwha(
 
 
 def _starts(
-    stream: BlockStream, layers: Mapping[str, QWHALinear], adapter_name: str, options: Mapping[str, Any]
+    stream: LayerStream, layers: Mapping[str, QWHALinear], adapter_name: str, options: Mapping[str, Any]
 ) -> Iterator[tuple[str, LayerStart]]:
     with stream:
         for unit in stream:
@@ -232,6 +232,6 @@ def _has_weight(module: Any) -> bool:
     return weight is not None and not weight.is_meta and not isinstance(module, PackedLinear)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """As users and checkpoints call a layer, without the wrappers of peft and ``torch.compile``."""
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "_orig_mod"))

@@ -41,6 +41,7 @@ from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.selectors import top_cdf, top_k
 from hf_accel.config import setting
 from hf_accel.errors import InvalidSetting
+from hf_accel.facts import Facts
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.block_sparse_attention import backend_for as attention_backend
@@ -48,7 +49,6 @@ from hf_accel.kernels.block_sparse_attention import block_map_to_index, block_sp
 from hf_accel.kernels.block_summary import backend_for as summary_backend
 from hf_accel.kernels.block_summary import block_summary
 from hf_accel.ledger import Ledger
-from hf_accel.method import AttentionMethod, Facts, SparseAttentionConfig
 from hf_accel.patches.sparge.calibration import Curves, fit, measure
 from hf_accel.patches.sparge.plan import Plan, make_plan, per_block, share_shown
 from hf_accel.patches.sparge.thresholds import (
@@ -60,7 +60,8 @@ from hf_accel.patches.sparge.thresholds import (
 )
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
-from hf_accel.sites.attention.seam import SeamContext
+from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
+from hf_accel.sites.attention.seam import AttentionSeam
 
 RULES = {"topk": "topk", "cdf": "cdfthreshd"}  # mode -> the setting that is its budget
 SIMILARITY_BARS = {"cdf": 0.6, "topk": -0.1, "density": -0.1}
@@ -169,7 +170,7 @@ class Sparge(AttentionMethod):
         self._plans: dict[Any, Plan] = {}
         self._heads: dict[Any, HeadSettings] = {}
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> SeamContext:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> AttentionSeam:
         context = super().install(model, ledger, report, clock)
         table = self.config.thresholds
         if isinstance(table, dict) and len(table["is_sparse"]) != len(context.layers):

@@ -24,23 +24,25 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from hf_accel.errors import NothingPatched
+from hf_accel.facts import Medium
 from hf_accel.hosts.clocks.call_end import CallEnd
 from hf_accel.hosts.clocks.steps import Announcement, Clock
-from hf_accel.hosts.denoisers import DENOISERS, Medium, describe
+from hf_accel.hosts.denoisers import DENOISERS, describe
 from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
-from hf_accel.report import MethodReport, Patched, RunStatistics, Skipped
+from hf_accel.report import MethodReport, Patched, Skipped
 from hf_accel.sites.attention import transformers as language
 from hf_accel.sites.attention.seam import (
     AttentionCore,
+    AttentionSeam,
     EndHook,
     LayerHook,
     RootHook,
-    SeamContext,
     active_context,
     context_of,
 )
+from hf_accel.sites.attention.statistics import AttentionStatistics
 
 BACKEND_NAME = "hf_accel"
 TRAINABLE_NAME = "hf_accel_trainable"  # of methods through which gradients flow
@@ -63,7 +65,7 @@ def why_not(module: torch.nn.Module, media: Collection[Medium] = frozenset({"vid
     return None
 
 
-def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodReport, clock: Clock) -> SeamContext:
+def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodReport, clock: Clock) -> AttentionSeam:
     """Route the self-attentions of ``model`` over video, image or text tokens through ``core``.
 
     Raises:
@@ -89,9 +91,9 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
             f"{' or '.join(spec.self_attention)} with a diffusers attention processor; found {len(found)} by name"
             + (f", {report.skipped[-1].reason}." if report.skipped else ".")
         )
-    run = RunStatistics()
+    run = AttentionStatistics()
     report.run = run
-    context = SeamContext(spec, [name for name, _ in usable], core, clock, run)
+    context = AttentionSeam(spec, [name for name, _ in usable], core, clock, run)
     shared = _shared_processors(model.module)
     for index, (name, attention) in enumerate(usable):
         if _dispatches(attention.processor):
@@ -141,7 +143,7 @@ def _announcing_cache_context(self: torch.nn.Module, name: str, **kwargs: Any) -
 class _Announced:
     """Context manager: announces a forward to the clock around diffusers' own context."""
 
-    def __init__(self, inner: Any, context: SeamContext | None, name: str, said: dict[str, Any]):
+    def __init__(self, inner: Any, context: AttentionSeam | None, name: str, said: dict[str, Any]):
         self._inner, self._context = inner, context
         self._announcement = Announcement(name, said.get("step_index"), said.get("num_inference_steps"))
 
@@ -182,7 +184,9 @@ def _register_backend(name: str) -> Callable[[], None]:
     return remove
 
 
-def _patch_dispatch(attention: torch.nn.Module, index: int, context: SeamContext, ledger: Ledger, clone: bool) -> None:
+def _patch_dispatch(
+    attention: torch.nn.Module, index: int, context: AttentionSeam, ledger: Ledger, clone: bool
+) -> None:
     name = TRAINABLE_NAME if context.core.differentiable else BACKEND_NAME
     ledger.hold(SharedRegistration(name, functools.partial(_register_backend, name)))
     if clone:
@@ -329,7 +333,7 @@ def _register_processor(base: type, trainable: bool) -> Callable[[], None]:
     return lambda: AttentionProcessorRegistry._registry.pop(patched, None)
 
 
-def _patch_sdpa(attention: torch.nn.Module, context: SeamContext, ledger: Ledger) -> None:
+def _patch_sdpa(attention: torch.nn.Module, context: AttentionSeam, ledger: Ledger) -> None:
     processor: Any = attention.processor
     base: Any = type(processor)
     twin = copy.copy(processor)

@@ -1,6 +1,6 @@
 """The context in which a patched model's attention calls run, and the hooks that keep it.
 
-A :class:`SeamContext` belongs to one denoiser. A pre-hook on the model's root tells it of every forward (token grid,
+A :class:`AttentionSeam` belongs to one denoiser. A pre-hook on the model's root tells it of every forward (token grid,
 timestep); a pre-hook on every patched attention tells it which layer runs. Both hooks are objects that hold the
 context, so ``copy.deepcopy(model)`` yields a model with a context of its own.
 
@@ -25,7 +25,7 @@ import torch
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.hosts.clocks.steps import Clock, read_timestep
 from hf_accel.hosts.denoisers import Denoiser, dims_from_ids, level_of
-from hf_accel.report import RunStatistics
+from hf_accel.sites.attention.statistics import AttentionStatistics
 
 
 class AttentionCore(Protocol):
@@ -50,16 +50,16 @@ class OrderMaker(Protocol):
 class _Active(threading.local):
     """Which context and layer the running forward of this thread belongs to."""
 
-    context: SeamContext | None = None
+    context: AttentionSeam | None = None
     layer: int | None = None
 
 
 _ACTIVE = _Active()
-_CONTEXTS: weakref.WeakValueDictionary[int, SeamContext] = weakref.WeakValueDictionary()
+_CONTEXTS: weakref.WeakValueDictionary[int, AttentionSeam] = weakref.WeakValueDictionary()
 _KEYS = itertools.count(1)
 
 
-class SeamContext:
+class AttentionSeam:
     """State of the attention seam on one denoiser.
 
     Args:
@@ -70,7 +70,9 @@ class SeamContext:
         run: where calls are counted.
     """
 
-    def __init__(self, spec: Denoiser, names: Sequence[str], core: AttentionCore, clock: Clock, run: RunStatistics):
+    def __init__(
+        self, spec: Denoiser, names: Sequence[str], core: AttentionCore, clock: Clock, run: AttentionStatistics
+    ):
         self.spec, self.core, self.clock, self.run = spec, core, clock, run
         self.layers = [Layer(name, index, len(names)) for index, name in enumerate(names)]
         self.native: list[Any] = [None] * len(names)
@@ -85,14 +87,14 @@ class SeamContext:
         self._item = 0
         self._calls = 0
         self._expected: Sequence[int] | None = None
-        self._outer: SeamContext | None = None
+        self._outer: AttentionSeam | None = None
         self._adopt_key()
 
     def _adopt_key(self) -> None:
         self.key = next(_KEYS)
         _CONTEXTS[self.key] = self
 
-    def __deepcopy__(self, memo: dict) -> SeamContext:
+    def __deepcopy__(self, memo: dict) -> AttentionSeam:
         import copy
 
         twin = object.__new__(type(self))
@@ -245,7 +247,7 @@ class SeamContext:
 class RootHook:
     """Forward pre-hook of the denoiser: tells the context of every forward."""
 
-    def __init__(self, context: SeamContext):
+    def __init__(self, context: AttentionSeam):
         self.context = context
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -268,7 +270,7 @@ class RootHook:
 class EndHook:
     """Forward hook of the denoiser, called after exceptions too."""
 
-    def __init__(self, context: SeamContext):
+    def __init__(self, context: AttentionSeam):
         self.context = context
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -279,7 +281,7 @@ class EndHook:
 class LayerHook:
     """Forward pre-hook of one attention module: says which layer runs. Nothing under ``torch.compile``."""
 
-    def __init__(self, context: SeamContext, index: int):
+    def __init__(self, context: AttentionSeam, index: int):
         self.context, self.index = context, index
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -292,17 +294,17 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def context_by_key(key: int) -> SeamContext | None:
+def context_by_key(key: int) -> AttentionSeam | None:
     """The context that an opaque operator names; None if its model is gone."""
     return _CONTEXTS.get(key)
 
 
-def active_context() -> SeamContext | None:
+def active_context() -> AttentionSeam | None:
     """The context of the forward that runs in this thread."""
     return _ACTIVE.context
 
 
-def context_of(module: torch.nn.Module) -> SeamContext | None:
+def context_of(module: torch.nn.Module) -> AttentionSeam | None:
     """The seam context of a patched denoiser, found through its root hook."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, RootHook):

@@ -26,7 +26,7 @@ from hf_accel.attention.static import Recent
 from hf_accel.hosts.denoisers import DENOISERS, Denoiser, Dims
 from hf_accel.hosts.foreign import reader_of_places
 from hf_accel.ledger import Ledger
-from hf_accel.sites.attention.seam import SeamContext, context_by_key
+from hf_accel.sites.attention.seam import AttentionSeam, context_by_key
 
 OrderOf = Callable[[TokenGrid], torch.Tensor]
 
@@ -122,7 +122,7 @@ def why_not(module: torch.nn.Module) -> str | None:
     return f"what belongs to single tokens inside {type(module).__name__} is not known"
 
 
-def hoist(module: torch.nn.Module, context: SeamContext, order_of: OrderOf, ledger: Ledger) -> TokenOrder:
+def hoist(module: torch.nn.Module, context: AttentionSeam, order_of: OrderOf, ledger: Ledger) -> TokenOrder:
     """Let every forward of ``module`` work on tokens in the order that ``order_of`` names.
 
     Args:
@@ -161,7 +161,7 @@ class TokenOrder:
         reason: why the latest forward stayed in raster order, or None.
     """
 
-    def __init__(self, context: SeamContext, order_of: OrderOf):
+    def __init__(self, context: AttentionSeam, order_of: OrderOf):
         self.context, self.order_of = context, order_of
         self.order: torch.Tensor | None = None
         self.inverse: torch.Tensor | None = None

@@ -24,15 +24,16 @@ from hf_accel.hosts.denoisers import Denoiser
 from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
-from hf_accel.report import MethodReport, Patched, RunStatistics
+from hf_accel.report import MethodReport, Patched
 from hf_accel.sites.attention.seam import (
     AttentionCore,
+    AttentionSeam,
     EndHook,
     LayerHook,
-    SeamContext,
     active_context,
     context_of,
 )
+from hf_accel.sites.attention.statistics import AttentionStatistics
 
 PREFIX = "hf_accel-"
 NATIVE = ("sdpa", "eager")
@@ -69,15 +70,15 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-class LanguageContext(SeamContext):
+class LanguageContext(AttentionSeam):
     """The seam of a language model: one generation per prefill, no token grid, no denoising step."""
 
-    def __init__(self, names: list[str], core: AttentionCore, clock: Clock, run: RunStatistics):
+    def __init__(self, names: list[str], core: AttentionCore, clock: Clock, run: AttentionStatistics):
         super().__init__(Denoiser((), lambda module, arguments: None, medium="text"), names, core, clock, run)
         self._step: Step | None = None
         self._split: tuple[weakref.ref, tuple[int, torch.Tensor | None] | None] | None = None
 
-    def __deepcopy__(self, memo: dict) -> SeamContext:
+    def __deepcopy__(self, memo: dict) -> AttentionSeam:
         self._split = None  # a weak reference is not copied
         return super().__deepcopy__(memo)
 
@@ -187,7 +188,7 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
     if reason is not None:
         raise NothingPatched(f"{model.class_name}: {reason}.")
     found = attentions(model.module)
-    run = RunStatistics()
+    run = AttentionStatistics()
     report.run = run
     context = LanguageContext([name for name, _ in found], core, clock, run)
     implementation: str = model.module.config._attn_implementation  # type: ignore[union-attr, assignment]

@@ -12,20 +12,21 @@ tokens, begin anew. Nothing is done in training mode.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from hf_accel.errors import NotApplicable
-from hf_accel.hosts.block_context import FULL, BlockContext, BlockStep, arguments_of, family_of, mask_token_of
+from hf_accel.hosts.block_families import FULL, arguments_of, family_of, mask_token_of
+from hf_accel.hosts.clocks.block_steps import BlockClock, BlockStep
 from hf_accel.hosts.patching.eager import run_eagerly
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
 from hf_accel.sites.embedding.start import NO_LOGITS, Start, logit_shift_of, logits_of, rows_at
+from hf_accel.sites.embedding.statistics import ResidualStatistics
 from hf_accel.sites.embedding.table import EmbeddingTable, embedding_table
 
 _ATTRIBUTE = "_hf_accel_residual"
@@ -54,54 +55,7 @@ class Kept:
     logits: torch.Tensor
 
 
-@dataclass
-class ResidualStatistics:
-    """What the site did since it was applied. Sums stay on their device."""
-
-    forwards: Counter[str] = field(default_factory=Counter)  # by phase
-    blocks: int = 0  # begun: first steps, of blocks or of whole sequences
-    steps: int = 0  # denoising steps in which rows were replaced
-    rows: int = 0
-    dense_calls: Counter[str] = field(default_factory=Counter)
-    kernels: dict[str, tuple[str, str]] = field(default_factory=dict)
-    _weights: Any = 0.0
-
-    def record(self, weights: torch.Tensor) -> None:
-        """Count one step whose rows had these weights of the residual."""
-        self.steps += 1
-        self.rows += len(weights)
-        self._weights = self._weights + weights.detach().sum()
-
-    @property
-    def mean_weight(self) -> float | None:
-        """Mean weight of the residual over all replaced rows; waits for the device."""
-        return float(self._weights) / self.rows if self.rows else None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "forwards": dict(self.forwards),
-            "blocks": self.blocks,
-            "residual_steps": self.steps,
-            "residual_rows": self.rows,
-            "mean_weight": self.mean_weight,
-            "dense_calls": dict(self.dense_calls),
-            "kernels": {op: {"backend": b, "reason": r} for op, (b, r) in self.kernels.items()},
-        }
-
-    def lines(self, method: str) -> list[str]:
-        """What ran, for the printed report."""
-        phases = ", ".join(f"{n} {phase}" for phase, n in self.forwards.most_common())
-        weight = f" with mean weight {self.mean_weight:.3f}" if self.rows else ""
-        ran = f"{sum(self.forwards.values())} forwards ({phases or 'none'}) in {self.blocks} blocks"
-        lines = [
-            f"  ran       {ran}",
-            f"  residual  {self.rows} rows in {self.steps} steps{weight}",
-        ]
-        lines += [f"  dense     {n} x {reason}" for reason, n in self.dense_calls.most_common()]
-        return lines + [f"  kernel    {op}: {backend} ({why})" for op, (backend, why) in sorted(self.kernels.items())]
-
-
-class ResidualContext:
+class ResidualSeam:
     """State of the site on one model.
 
     Args:
@@ -116,7 +70,7 @@ class ResidualContext:
     def __init__(
         self,
         core: ResidualCore,
-        clock: BlockContext,
+        clock: BlockClock,
         mask_token: int,
         shift: int,
         start: Start | None,
@@ -251,7 +205,7 @@ class ResidualContext:
 class BeginHook:
     """Forward pre-hook of the model."""
 
-    def __init__(self, context: ResidualContext):
+    def __init__(self, context: ResidualSeam):
         self.context = context
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -264,7 +218,7 @@ class BeginHook:
 class EmbeddingHook:
     """Forward hook of the input embedding."""
 
-    def __init__(self, context: ResidualContext):
+    def __init__(self, context: ResidualSeam):
         self.context = context
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -280,7 +234,7 @@ class EmbeddingHook:
 class EndHook:
     """Forward hook of the model, called after exceptions too."""
 
-    def __init__(self, context: ResidualContext):
+    def __init__(self, context: ResidualSeam):
         self.context = context
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -317,7 +271,7 @@ def install(
     mask_token: int | None = None,
     shift: int | None = None,
     start: Start | None = None,
-) -> ResidualContext:
+) -> ResidualSeam:
     """Let ``core`` replace the embeddings of open positions at denoising steps.
 
     Args:
@@ -341,8 +295,8 @@ def install(
     run = ResidualStatistics()
     report.run = run
     family: Any = family_of(module)
-    clock = BlockContext(family, token, tokens=False)  # tokens are compared here, row by row
-    context = ResidualContext(core, clock, token, logit_shift_of(module) if shift is None else shift, start, run)
+    clock = BlockClock(family, token, tokens=False)  # tokens are compared here, row by row
+    context = ResidualSeam(core, clock, token, logit_shift_of(module) if shift is None else shift, start, run)
     ledger.set(module, _ATTRIBUTE, context)
     name = next((name for name, sub in module.named_modules() if sub is embedding), "")
     ledger.pre_hook(module, BeginHook(context))
@@ -352,6 +306,6 @@ def install(
     return context
 
 
-def context_of(module: torch.nn.Module) -> ResidualContext | None:
+def context_of(module: torch.nn.Module) -> ResidualSeam | None:
     """The site on a model, if a method took it."""
     return module.__dict__.get(_ATTRIBUTE)

@@ -14,8 +14,6 @@ import inspect
 import itertools
 import types
 import weakref
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +24,7 @@ from hf_accel.hosts.target import Model, kind
 from hf_accel.kernels.common.dispatch import Choice
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
+from hf_accel.sites.embedding.statistics import SelfConditioningStatistics
 
 _ATTRIBUTE = "_hf_accel_self_conditioning"
 # Names in the code of a decoder that computes its self-conditioning as described above.
@@ -41,37 +40,6 @@ class SoftEmbedder(Protocol):
 
     def choice(self, weight: torch.Tensor) -> Choice:
         """Which implementation runs on ``weight``, and why."""
-
-
-@dataclass
-class SelfConditioningStatistics:
-    """What the site did since it was applied. A replayed CUDA graph does nothing in Python and is not counted."""
-
-    forwards: int = 0
-    first_steps: int = 0  # without a prediction of the step before
-    calls: int = 0
-    rows: int = 0
-    dense_calls: Counter[str] = field(default_factory=Counter)
-    kernels: dict[str, tuple[str, str]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "forwards": self.forwards,
-            "first_steps": self.first_steps,
-            "calls": self.calls,
-            "rows": self.rows,
-            "dense_calls": dict(self.dense_calls),
-            "kernels": {op: {"backend": b, "reason": r} for op, (b, r) in self.kernels.items()},
-        }
-
-    def lines(self, method: str) -> list[str]:
-        """What ran, for the printed report."""
-        lines = [
-            f"  ran       {self.forwards} decoder forwards, {self.first_steps} of them first steps; {self.calls} "
-            f"embedded by {method}, {self.rows} rows"
-        ]
-        lines += [f"  dense     {n} x {reason}" for reason, n in self.dense_calls.most_common()]
-        return lines + [f"  kernel    {op}: {backend} ({why})" for op, (backend, why) in sorted(self.kernels.items())]
 
 
 def why_not(module: torch.nn.Module) -> str | None:
@@ -96,7 +64,7 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-def install(model: Model, core: SoftEmbedder, ledger: Ledger, report: MethodReport) -> SelfConditioningContext:
+def install(model: Model, core: SoftEmbedder, ledger: Ledger, report: MethodReport) -> SelfConditioningSeam:
     """Let ``core`` compute the expected embeddings of ``model``'s self-conditioning.
 
     Raises:
@@ -109,7 +77,7 @@ def install(model: Model, core: SoftEmbedder, ledger: Ledger, report: MethodRepo
     run = SelfConditioningStatistics()
     report.run = run
     names = tuple(name for name in inspect.signature(type(decoder).forward).parameters if name != "self")
-    context = SelfConditioningContext(core, names, run)
+    context = SelfConditioningSeam(core, names, run)
     ledger.set(decoder, _ATTRIBUTE, context)
     override_forward(ledger, decoder, types.MethodType(_forward, decoder))
     report.patched.append(Patched(model.name, "model.decoder", "expected embedding of the self-conditioning"))
@@ -122,11 +90,11 @@ def _decoder_of(module: torch.nn.Module) -> torch.nn.Module | None:
     return decoder if isinstance(decoder, torch.nn.Module) and all(hasattr(decoder, p) for p in parts) else None
 
 
-_CONTEXTS: weakref.WeakValueDictionary[int, SelfConditioningContext] = weakref.WeakValueDictionary()
+_CONTEXTS: weakref.WeakValueDictionary[int, SelfConditioningSeam] = weakref.WeakValueDictionary()
 _KEYS = itertools.count(1)
 
 
-class SelfConditioningContext:
+class SelfConditioningSeam:
     """State of the site on one model.
 
     Args:
@@ -143,7 +111,7 @@ class SelfConditioningContext:
         self.key = next(_KEYS)
         _CONTEXTS[self.key] = self
 
-    def __deepcopy__(self, memo: dict) -> SelfConditioningContext:
+    def __deepcopy__(self, memo: dict) -> SelfConditioningSeam:
         import copy
 
         twin = object.__new__(type(self))
@@ -189,7 +157,7 @@ def _verdict(logits: torch.Tensor | None, weight: torch.Tensor) -> str:
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward, with the product of probabilities and embeddings put off."""
-    context: SelfConditioningContext = getattr(self, _ATTRIBUTE)
+    context: SelfConditioningSeam = getattr(self, _ATTRIBUTE)
     arguments = {**dict(zip(context.names, args, strict=False)), **kwargs}
     logits, weight = arguments.get("self_conditioning_logits"), self.embed_tokens.weight
     verdict = _verdict(logits, weight)

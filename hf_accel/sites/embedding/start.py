@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from hf_accel.errors import NotApplicable, WeightsMismatch
-from hf_accel.hosts.block_context import BlockStep, cache_length, mask_token_of
+from hf_accel.hosts.block_families import cache_length, mask_token_of
+from hf_accel.hosts.clocks.block_steps import BlockStep
 
 NO_LOGITS = "the output has no logits of these positions"
 

@@ -28,11 +28,12 @@ from typing import Any, Protocol
 
 import torch
 
-from hf_accel.hosts.block_context import DIFFUSION_GEMMA, LLADA2, SDAR, arguments_of, family_of
+from hf_accel.hosts.block_families import DIFFUSION_GEMMA, LLADA2, SDAR, arguments_of, family_of
 from hf_accel.hosts.patching.forward_override import override_forward
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
-from hf_accel.report import MethodReport, Patched, PrefixStatistics
+from hf_accel.report import MethodReport, Patched
+from hf_accel.sites.kv_cache.statistics import KVCacheStatistics
 from hf_accel.sites.kv_cache.transformers import new_cache
 
 _ATTRIBUTE = "_hf_accel_prefix_cache"
@@ -74,10 +75,10 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-def install(model: Model, core: PrefixCacheCore, ledger: Ledger, report: MethodReport) -> PrefixCacheContext:
+def install(model: Model, core: PrefixCacheCore, ledger: Ledger, report: MethodReport) -> PrefixCacheSeam:
     """Keep the K/V of finished blocks of ``model``, once ``core`` finds that this changes nothing."""
     module: Any = model.module
-    context = PrefixCacheContext(core)
+    context = PrefixCacheSeam(core)
     report.run = context.run
     ledger.set(module, _ATTRIBUTE, context)
     override_forward(ledger, module, types.MethodType(_forward_of(module.__class__), module))
@@ -225,18 +226,18 @@ class Frozen:
 Forwards = Generator[dict[str, Any], Any, Any]
 
 
-class PrefixCacheContext:
+class PrefixCacheSeam:
     """State of a prefix cache on one model: verdicts stay, K/V live as long as the pipeline call they belong to."""
 
     def __init__(self, core: PrefixCacheCore):
-        self.core, self.run = core, PrefixStatistics()
+        self.core, self.run = core, KVCacheStatistics()
         self._verdicts: dict[tuple[Any, ...], Verdict] = {}
         self._frozen: Frozen | None = None
         self._request: weakref.ref[torch.Tensor] | None = None
         self._shown: tuple[torch.Tensor, tuple[Any, ...], Any] | None = None
         self._mask: tuple[torch.Tensor, tuple[Any, ...], torch.Tensor] | None = None
 
-    def __deepcopy__(self, memo: dict) -> PrefixCacheContext:
+    def __deepcopy__(self, memo: dict) -> PrefixCacheSeam:
         import copy
 
         twin = type(self)(copy.deepcopy(self.core, memo))

@@ -26,7 +26,7 @@ import torch
 from torch.nn.modules.conv import _ConvNd
 
 from hf_accel.errors import Conflict, InvalidSetting, NotApplicable, WeightsMismatch
-from hf_accel.hosts.layer_lists import block_names, is_linear
+from hf_accel.hosts.layer_lists import is_linear, layer_names
 from hf_accel.hosts.target import is_a
 from hf_accel.ledger import Ledger
 from hf_accel.quant.packed_linear import PackedLinear
@@ -122,7 +122,7 @@ def survey(
     """
     wanted = _texts("targets", targets)
     unwanted = _texts("exclude", exclude) or ()
-    blocks = block_names(root)
+    blocks = layer_names(root)
     found = list(_all_linears(root, blocks))
     for text in wanted or ():
         if not any(_answers(entry, text) for entry in found):

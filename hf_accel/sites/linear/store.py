@@ -19,7 +19,7 @@ from hf_accel.sites.linear.samples import Sample
 _RUN = "run.json"
 
 
-class BlockStore:
+class LayerStore:
     """A folder with a file of tensors for each finished block, and what they depend on in ``run.json``.
 
     Args:
@@ -103,4 +103,4 @@ def _write(file: Path, content: bytes) -> None:
     os.replace(part, file)
 
 
-__all__ = ["BlockStore", "describe_run"]
+__all__ = ["LayerStore", "describe_run"]

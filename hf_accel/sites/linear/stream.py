@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from hf_accel.errors import InvalidSetting
-from hf_accel.hosts.layer_lists import block_list
+from hf_accel.hosts.layer_lists import layer_list
 from hf_accel.quant.gram import Gram
 from hf_accel.sites.linear.gates import (
     Gate,
@@ -51,10 +51,10 @@ class Gathered:
     gram: Gram
 
 
-class BlockStream:
+class LayerStream:
     """The blocks of a model one after another::
 
-        with BlockStream(model, samples, sites) as stream:
+        with LayerStream(model, samples, sites) as stream:
             for unit in stream:
                 for stage in unit.stages():
                     for gathered in stage:
@@ -93,7 +93,7 @@ class BlockStream:
         title: str = "calibrating",
     ):
         if not samples:
-            raise InvalidSetting("BlockStream", "samples", samples, "at least one forward")
+            raise InvalidSetting("LayerStream", "samples", samples, "at least one forward")
         self.model, self.samples, self.sites = model, samples, sites
         self.true_sequential, self.gram_dtype = true_sequential, gram_dtype
         self.progress, self.title = progress, title
@@ -108,7 +108,7 @@ class BlockStream:
         self._poisoned = False
         self._stack = ExitStack()
 
-    def __enter__(self) -> BlockStream:
+    def __enter__(self) -> LayerStream:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
@@ -269,7 +269,7 @@ class Unit:
         sites: in the order of modules.
     """
 
-    stream: BlockStream
+    stream: LayerStream
     name: str
     sites: list[LinearSite]
     gate: Gate | None = None
@@ -323,7 +323,7 @@ class Unit:
 class _Collector:
     """Listens to linears while samples run, and adds up their inputs: once for those that get the same tensor."""
 
-    def __init__(self, stream: BlockStream, sites: Sequence[LinearSite], alone: set[str]):
+    def __init__(self, stream: LayerStream, sites: Sequence[LinearSite], alone: set[str]):
         self.stream, self.sites, self.alone = stream, sites, alone
         self.leader: dict[str, str] = {}  # by name, in the order in which they are reached first
         self.grams: dict[str, Gram] = {}
@@ -412,7 +412,7 @@ def _hooked(sites: Iterable[LinearSite], hear: Callable[[LinearSite, torch.Tenso
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    for name, blocks in block_list(model):
+    for name, blocks in layer_list(model):
         for index, block in enumerate(blocks):
             yield f"{name}.{index}", getattr(block, "_orig_mod", block)
 
@@ -427,4 +427,4 @@ def _bar(total: int, title: str, shown: bool) -> Any:
     return tqdm(total=total, desc=title, unit="block", disable=not shown)
 
 
-__all__ = ["BlockStream", "Gathered", "Unit"]
+__all__ = ["Gathered", "LayerStream", "Unit"]

@@ -10,28 +10,28 @@ from typing import Any, ClassVar
 import torch
 
 from hf_accel.attention.gate import resolve_share
+from hf_accel.base import Method
 from hf_accel.config import Config as Settings
 from hf_accel.config import setting
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
-from hf_accel.method import Method
 from hf_accel.report import MethodReport
 from hf_accel.sites.prefix_attention import install as block_attention
-from hf_accel.sites.prefix_attention.call import BlockCall
-from hf_accel.sites.prefix_attention.install import BlockSeam
+from hf_accel.sites.prefix_attention.call import PrefixCall
+from hf_accel.sites.prefix_attention.install import PrefixSeam
 from hf_accel.sites.prefix_attention.split import split_attention
 
 
 @dataclass(frozen=True)
-class BlockAttentionConfig(Settings):
+class PrefixAttentionConfig(Settings):
     """What the settings of all approximate methods on prefix attention have in common."""
 
     min_prefix: int = setting(0, "shorter prefixes are attended exactly", ge=0)
     dense_layers: int | float = setting(0, "first layers that are attended exactly", share=True)
 
 
-class BlockAttentionMethod(Method):
+class PrefixAttentionMethod(Method):
     """A method that computes the attention of an active block to its frozen prefix and to itself: :meth:`attend`.
 
     ``min_prefix`` and ``dense_layers`` in its settings are honoured before :meth:`attend` is asked; what they exclude
@@ -44,7 +44,7 @@ class BlockAttentionMethod(Method):
     traceable: ClassVar[bool] = False
 
     @abstractmethod
-    def attend(self, call: BlockCall, state: Any) -> torch.Tensor:
+    def attend(self, call: PrefixCall, state: Any) -> torch.Tensor:
         """Compute one call of a denoising step: ``[B, Hq, b, D]`` like ``call.query``.
 
         ``state`` is what :meth:`new_state` made for this layer in this block.
@@ -61,20 +61,20 @@ class BlockAttentionMethod(Method):
     def why_not(cls, model: Model) -> str | None:
         return block_attention.why_not(model.module)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> BlockSeam:
-        return block_attention.install(model, BlockRunner(self), ledger, report)
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> PrefixSeam:
+        return block_attention.install(model, PrefixRunner(self), ledger, report)
 
 
-class BlockRunner:
+class PrefixRunner:
     """Runs a method inside the seam: gates, and state per layer and block."""
 
-    def __init__(self, method: BlockAttentionMethod):
+    def __init__(self, method: PrefixAttentionMethod):
         self.method = method
         self.traceable = method.traceable
         self._states: dict[int, Any] = {}
 
-    def __deepcopy__(self, memo: dict) -> BlockRunner:
-        twin = BlockRunner(copy.deepcopy(self.method, memo))
+    def __deepcopy__(self, memo: dict) -> PrefixRunner:
+        twin = PrefixRunner(copy.deepcopy(self.method, memo))
         memo[id(self)] = twin
         return twin  # the block that runs is the original's
 
@@ -82,7 +82,7 @@ class BlockRunner:
         self._states = {}
         self.method.begin_block()
 
-    def attend(self, call: BlockCall) -> torch.Tensor:
+    def attend(self, call: PrefixCall) -> torch.Tensor:
         if self.traceable:
             return self.method.attend(call, None)
         reason = self._why_exact(call)
@@ -95,7 +95,7 @@ class BlockRunner:
             self._states[layer] = self.method.new_state()
         return self.method.attend(call, self._states[layer])
 
-    def _why_exact(self, call: BlockCall) -> str | None:
+    def _why_exact(self, call: PrefixCall) -> str | None:
         config = self.method.config
         if call.prefix <= getattr(config, "min_prefix", 0):
             return "short prefix (min_prefix)"

@@ -12,7 +12,7 @@ from hf_accel.attention.call import Layer
 
 
 @dataclass(slots=True)
-class BlockCall:
+class PrefixCall:
     """Attention of an active block against a frozen prefix and itself, after norm and rotary embedding.
 
     Attributes:

@@ -16,7 +16,8 @@ import torch
 
 from hf_accel.hosts.patching.eager import run_eagerly
 from hf_accel.sites.attention.transformers import ALTERING, native_function
-from hf_accel.sites.prefix_attention.seam import ALL_VISIBLE, SEAT, Seat, SplitMask
+from hf_accel.sites.prefix_attention.masks import ALL_VISIBLE, SplitMask
+from hf_accel.sites.prefix_attention.seam import SEAT, Seat
 
 PREFIX = "hf_accel-block-"
 

@@ -1,7 +1,7 @@
 """The attention seam of block-diffusion models: the active block against a frozen prefix, without joining the two.
 
 These models copy their whole cache at every layer of every denoising step: they concatenate the prefix K/V with those
-of the block. Here the forward of each patched attention hands both parts to a :class:`BlockCore` as they lie. Prefill,
+of the block. Here the forward of each patched attention hands both parts to a :class:`PrefixCore` as they lie. Prefill,
 commit and uncached forwards run the model's own code.
 
 Two ways in, found by structure: ``block_sdar`` replaces what a module does between its projections, ``block_gemma``
@@ -19,35 +19,28 @@ from typing import Any
 import torch
 
 from hf_accel.errors import NothingPatched
-from hf_accel.hosts.block_context import (
+from hf_accel.hosts.block_families import (
     DIFFUSION_GEMMA,
     LLADA2,
     SDAR,
-    BlockContext,
     family_of,
-    follow,
     mask_token_of,
     sdar_attentions,
 )
+from hf_accel.hosts.clocks.block_steps import BlockClock, follow
 from hf_accel.hosts.patching.forward_override import override_forward
 from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
-from hf_accel.report import BlockStatistics, MethodReport, Patched
+from hf_accel.report import MethodReport, Patched
 from hf_accel.sites.attention.transformers import NATIVE
 from hf_accel.sites.prefix_attention import gemma as block_gemma
 from hf_accel.sites.prefix_attention import sdar as block_sdar
-from hf_accel.sites.prefix_attention.seam import (
-    SEAT,
-    BlockCore,
-    BlockSeam,
-    SeamEndHook,
-    SeamHook,
-    Seat,
-    split_mask,
-)
+from hf_accel.sites.prefix_attention.masks import split_mask
+from hf_accel.sites.prefix_attention.seam import SEAT, PrefixCore, PrefixSeam, SeamEndHook, SeamHook, Seat
+from hf_accel.sites.prefix_attention.statistics import PrefixAttentionStatistics
 
-__all__ = ["BlockCore", "BlockSeam", "install", "split_mask", "why_not"]
+__all__ = ["PrefixCore", "PrefixSeam", "install", "split_mask", "why_not"]
 
 
 def why_not(module: torch.nn.Module) -> str | None:
@@ -78,7 +71,7 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-def install(model: Model, core: BlockCore, ledger: Ledger, report: MethodReport) -> BlockSeam:
+def install(model: Model, core: PrefixCore, ledger: Ledger, report: MethodReport) -> PrefixSeam:
     """Route the attention of denoising steps through ``core``.
 
     Raises:
@@ -91,10 +84,10 @@ def install(model: Model, core: BlockCore, ledger: Ledger, report: MethodReport)
     gemma = family_of(module) is DIFFUSION_GEMMA
     family = DIFFUSION_GEMMA if gemma else SDAR
     found: list[tuple[str, Any]] = block_gemma.decoder_attentions(module) if gemma else sdar_attentions(module)
-    run = BlockStatistics()
+    run = PrefixAttentionStatistics()
     report.run = run
-    context = BlockContext(family, mask_token_of(module), tokens=not core.traceable)
-    seam = BlockSeam(context, core, [name for name, _ in found], run)
+    context = BlockClock(family, mask_token_of(module), tokens=not core.traceable)
+    seam = PrefixSeam(context, core, [name for name, _ in found], run)
     if gemma:
         implementation: str = module.config._attn_implementation
         register = functools.partial(block_gemma.register, implementation)

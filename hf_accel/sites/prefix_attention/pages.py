@@ -21,7 +21,7 @@ from hf_accel.kernels.paged_attention import (
     page_score,
     select_pages,
 )
-from hf_accel.sites.prefix_attention.call import BlockCall
+from hf_accel.sites.prefix_attention.call import PrefixCall
 from hf_accel.sites.prefix_attention.split import prefix_attention
 
 
@@ -114,7 +114,7 @@ class PagedPrefix:
         """The prefix may have grown."""
         self._current = set()
 
-    def attend(self, call: BlockCall, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, call: PrefixCall, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of ``query`` ``[B, Hq, A, D]`` to the union of the pages that its rows and the query heads of a
         KV head choose: a page that was loaded for one serves all.
 
@@ -132,13 +132,13 @@ class PagedPrefix:
         key, value, valid = call.prefix_key, call.prefix_value, call.prefix_valid
         return page_attention(query, key, value, pages, self.page_size, call.scale, valid, backend=self.backend)
 
-    def attend_all(self, call: BlockCall, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend_all(self, call: PrefixCall, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`attend`, to the whole prefix."""
         self._note_kernel(call)
         call.notes |= {"density": 1.0, "pages": float(-(-call.prefix // self.page_size))}
         return prefix_attention(call, query, self.backend)
 
-    def choose(self, call: BlockCall, query: torch.Tensor) -> PageList | None:
+    def choose(self, call: PrefixCall, query: torch.Tensor) -> PageList | None:
         """The union of the best pages of each row and query head, per KV head; None if the budget holds them all."""
         each = math.ceil(self.budget / self.page_size)
         if each >= -(-call.prefix // self.page_size):
@@ -148,7 +148,7 @@ class PagedPrefix:
         scores = page_score(query, kmin, kmax, bounds.visible, backend=self.backend)
         return select_pages(scores, each, kmin.shape[1], backend=self.backend)
 
-    def bounds(self, call: BlockCall) -> PageBounds:
+    def bounds(self, call: PrefixCall) -> PageBounds:
         """The bounds of this layer's prefix, brought up to date at the first call of a block."""
         layer, key = call.layer.index, call.prefix_key
         if call.generation != self._generation:
@@ -161,7 +161,7 @@ class PagedPrefix:
             self._current.add(layer)
         return kept
 
-    def _note_kernel(self, call: BlockCall) -> None:
+    def _note_kernel(self, call: PrefixCall) -> None:
         choice = backend_for(call.prefix_key, self.backend)
         call.record_kernel("paged_attention", choice.backend, choice.reason)
 

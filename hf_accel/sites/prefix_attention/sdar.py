@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from hf_accel.hosts.block_context import cache_of
+from hf_accel.hosts.block_families import cache_of
 from hf_accel.hosts.patching.eager import run_eagerly
-from hf_accel.sites.prefix_attention.call import BlockCall
-from hf_accel.sites.prefix_attention.seam import ALL_VISIBLE, SEAT, BlockSeam, Seat, SplitMask
+from hf_accel.sites.prefix_attention.call import PrefixCall
+from hf_accel.sites.prefix_attention.masks import ALL_VISIBLE, SplitMask
+from hf_accel.sites.prefix_attention.seam import SEAT, PrefixSeam, Seat
 from hf_accel.sites.prefix_attention.split import split_attention
 
 # Relative difference (Frobenius) up to which two exact computations of one attention layer count as equal.
@@ -139,7 +140,7 @@ def _heads(module: Any, arguments: dict[str, Any], rotate: Callable) -> tuple[to
     return *rotate(query, key, *arguments["position_embeddings"]), value
 
 
-def _frozen(seam: BlockSeam, module: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _frozen(seam: PrefixSeam, module: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The prefix K/V of a layer as views ``[B, Hkv, P, D]``."""
     hidden, cache = arguments["hidden_states"], cache_of(arguments)
     layers = getattr(cache, "layers", None)
@@ -164,7 +165,7 @@ def _call(
     heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     prefix: tuple[torch.Tensor, torch.Tensor],
     mask: SplitMask,
-) -> BlockCall:
+) -> PrefixCall:
     scale = getattr(module, "scaling", None)
     scale = module.head_dim**-0.5 if scale is None else scale
     dense = functools.partial(_joined, heads, prefix, mask, scale)
@@ -201,7 +202,7 @@ def _returned(module: Any, seat: Seat, out: torch.Tensor, cache: Any) -> Any:
     return (out, None) if seat.returns == 2 else (out, None, cache)
 
 
-def _agree(module: Any, seat: Seat, call: BlockCall, own: Callable[[], Any]) -> bool | None:
+def _agree(module: Any, seat: Seat, call: PrefixCall, own: Callable[[], Any]) -> bool | None:
     """Whether what is read from the module's structure is what it computes; None where no row tells. Runs both; waits.
 
     Rows that see no key do not tell: what native attention makes of them depends on its kernel.

@@ -27,9 +27,10 @@ from hf_accel.hosts.clocks.steps import Clock, read_timestep
 from hf_accel.hosts.patching.forward_override import override_forward
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
-from hf_accel.report import MethodReport, Patched, StepStatistics
+from hf_accel.report import MethodReport, Patched
 from hf_accel.sites.attention.seam import context_of
 from hf_accel.sites.step_cache import unet_views
+from hf_accel.sites.step_cache.statistics import StepCacheStatistics
 from hf_accel.sites.step_cache.unet_macs import ForwardShape, MacShares
 from hf_accel.sites.step_cache.unet_views import UNetViews
 
@@ -79,15 +80,15 @@ def why_not(module: torch.nn.Module) -> str | None:
     return words
 
 
-def install(model: Model, core: StepCacheCore, ledger: Ledger, report: MethodReport, clock: Clock) -> StepCacheContext:
+def install(model: Model, core: StepCacheCore, ledger: Ledger, report: MethodReport, clock: Clock) -> StepCacheSeam:
     """Let ``core`` decide how much of ``model`` runs at every step.
 
     Raises:
         Conflict: its forward is replaced by something that cannot be worked with, or a block that must be cut is.
     """
     module: Any = model.module
-    run = StepStatistics()
-    context = StepCacheContext(core, clock, run)
+    run = StepCacheStatistics()
+    context = StepCacheSeam(core, clock, run)
     context.views_of(module)  # what cannot be cut is refused now
     run.macs = MacShares(module, core.branch)
     report.run = run
@@ -123,17 +124,17 @@ class Forward:
     reason: str | None = None  # why it is full
 
 
-class StepCacheContext:
+class StepCacheSeam:
     """State of the step-cache site on one U-Net."""
 
-    def __init__(self, core: StepCacheCore, clock: Clock, run: StepStatistics):
+    def __init__(self, core: StepCacheCore, clock: Clock, run: StepCacheStatistics):
         self.core, self.clock, self.run = core, clock, run
         self._kept: dict[str, Kept] = {}
         self._views: UNetViews | None = None
         self._seam_layers: tuple[int, list[int]] | None = None  # of the seam with that key
         self._generation = -1
 
-    def __deepcopy__(self, memo: dict) -> StepCacheContext:
+    def __deepcopy__(self, memo: dict) -> StepCacheSeam:
         import copy
 
         twin = object.__new__(type(self))
@@ -252,7 +253,7 @@ def _forward_of(cls: Any) -> Callable:
     # Which of the two graphs runs is decided at every call, outside of any graph; what is compiled is ``native``.
     begin, end, abandon = (
         torch._dynamo.disable(decide, reason="hf_accel chooses a full or a partial graph")
-        for decide in (StepCacheContext.begin, StepCacheContext.end, StepCacheContext.abandon)
+        for decide in (StepCacheSeam.begin, StepCacheSeam.end, StepCacheSeam.abandon)
     )
 
     @functools.wraps(native)

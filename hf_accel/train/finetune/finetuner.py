@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hf_accel import api
 from hf_accel.errors import InvalidSetting, NotApplicable
 from hf_accel.sites.adapter.peft import lora as adapters
-from hf_accel.sites.attention.seam import SeamContext
+from hf_accel.sites.attention.seam import AttentionSeam
 from hf_accel.train.finetune.config import FinetuneConfig
 from hf_accel.train.finetune.flow_matching import LATENTS, Forward, forward_for
 from hf_accel.train.finetune.noise import mix, noise_levels
@@ -64,7 +64,7 @@ class Finetuner(TrainingLoop):
         self.forward = forward if forward is not None else forward_for(self.model)
         accelerator = accelerator_for(self.model)
         self._teacher = None if self.config.lora_rank is not None else self._frozen_copy()
-        shared = isinstance(installation.handle, SeamContext)
+        shared = isinstance(installation.handle, AttentionSeam)
         if self.config.lora_rank is not None:
             if not shared and self.config.loss == "distill":
                 self._teacher = self._frozen_copy()

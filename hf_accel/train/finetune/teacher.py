@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from hf_accel.attention.call import AttentionCall
-from hf_accel.report import RunStatistics
 from hf_accel.sites.adapter.peft import lora as adapters
 from hf_accel.sites.attention.seam import AttentionCore, context_of
+from hf_accel.sites.attention.statistics import AttentionStatistics
 from hf_accel.train.saving import ADAPTER
 
 
@@ -48,12 +48,12 @@ def teacher(model: torch.nn.Module, adapter: str = ADAPTER) -> Iterator[None]:
         if context is not None:
             core, run = context.core, context.run
             stack.callback(_restore, context, core, run)
-            context.core, context.run = _HostAttention(core), RunStatistics()
+            context.core, context.run = _HostAttention(core), AttentionStatistics()
         for module in dropouts:
             module.eval()
             stack.callback(module.train)
         yield
 
 
-def _restore(context, core: AttentionCore, run: RunStatistics) -> None:
+def _restore(context, core: AttentionCore, run: AttentionStatistics) -> None:
     context.core, context.run = core, run

@@ -32,7 +32,7 @@ import torch
 
 from hf_accel.checkpoints.declaration import declare
 from hf_accel.errors import InvalidSetting, NotApplicable, WeightsMismatch
-from hf_accel.hosts.block_context import family_of, mask_token_of
+from hf_accel.hosts.block_families import family_of, mask_token_of
 from hf_accel.hosts.target import unwrap
 from hf_accel.patches.rcd import RCDConfig, residual_embeddings
 from hf_accel.sites.embedding.start import align_logits, logit_shift_of

@@ -6,26 +6,25 @@ import copy
 import threading
 
 import pytest
-import tiny_text
 import torch
-from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
-from standins import dream, llada, llada2
 from transformers import DynamicCache, StaticCache
 
-from hf_accel.hosts import block_context
-from hf_accel.hosts.block_context import (
+import tiny_text
+from hf_accel.hosts import block_families as block_context
+from hf_accel.hosts.block_families import (
     DIFFUSION_GEMMA,
     FULL,
     LLADA2,
     SDAR,
-    BlockContext,
     arguments_of,
     cache_length,
     family_of,
-    follow,
     mask_token_of,
 )
+from hf_accel.hosts.clocks.block_steps import BlockClock, follow
 from hf_accel.ledger import Ledger
+from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
+from standins import dream, llada, llada2
 
 MASK = 96
 BLOCK = 4
@@ -46,7 +45,7 @@ class Watch:
 
     def __init__(self, model):
         family = family_of(model)
-        self.context = BlockContext(family, mask_token_of(model))
+        self.context = BlockClock(family, mask_token_of(model))
         self.seen, self.ledger = [], Ledger()
         follow(model, self.context, self.ledger)
         for watched, _ in family.watched(model):
@@ -380,7 +379,7 @@ def test_a_canvas_that_begins_anew_behind_the_same_prefix():
 
 def test_a_random_canvas_may_hold_any_token():
     """No token means an open position: a change of one is no sign of another request."""
-    context = BlockContext(DIFFUSION_GEMMA, 3)
+    context = BlockClock(DIFFUSION_GEMMA, 3)
     cache = DynamicCache()
     read = {"past_key_values": cache, "decoder_input_ids": torch.zeros(1, 4, dtype=torch.long)}
     context.begin(read, block_context._read_decoder)
@@ -400,7 +399,7 @@ def test_whole_calls_of_diffusion_gemma_are_read():
 
 def test_no_tokens_are_kept_where_nobody_needs_them():
     model = sdar()
-    context = BlockContext(SDAR, MASK, tokens=False)
+    context = BlockClock(SDAR, MASK, tokens=False)
     follow(model, context, Ledger())
     cache = DynamicCache()
     with torch.no_grad():
@@ -444,7 +443,7 @@ def test_hooks_leave_with_the_ledger():
     model = sdar()
     watched = SDAR.watched(model)[0][0]
     ledger = Ledger()
-    follow(model, BlockContext(SDAR), ledger)
+    follow(model, BlockClock(SDAR), ledger)
     assert watched._forward_pre_hooks
     assert watched._forward_hooks
     ledger.undo()

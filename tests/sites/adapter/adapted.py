@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import tiny
 import torch
 
+import tiny
 from hf_accel.ledger import Ledger
 from hf_accel.peft import QWHAConfig
 from hf_accel.quant.formats import format_of

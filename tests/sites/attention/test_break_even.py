@@ -7,14 +7,15 @@ import re
 from dataclasses import dataclass
 
 import pytest
-import tiny
 import torch
 
 import hf_accel
+import tiny
 from hf_accel.attention.call import AttentionCall
 from hf_accel.config import setting
-from hf_accel.method import AttentionMethod, AttentionRunner, Facts, SparseAttentionConfig
+from hf_accel.facts import Facts
 from hf_accel.sites.attention import break_even
+from hf_accel.sites.attention.base import AttentionMethod, AttentionRunner, SparseAttentionConfig
 from hf_accel.sites.attention.break_even import Shape, look_up
 
 HERE = torch.device("cpu")

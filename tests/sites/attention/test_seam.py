@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from torch._dynamo.testing import CompileCounter
 
 import hf_accel
+import tiny
 from hf_accel.attention.call import AttentionCall
 from hf_accel.config import Config
 from hf_accel.errors import RevertRefused
+from hf_accel.facts import Facts
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
-from hf_accel.method import AttentionMethod, AttentionRunner, Facts
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import diffusers as attention_host
+from hf_accel.sites.attention.base import AttentionMethod, AttentionRunner
 
 
 class Recording(AttentionMethod):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny
 import torch
 
 import hf_accel
+import tiny
 from hf_accel.ledger import Ledger
 from hf_accel.sites.attention import token_order
 from hf_accel.sites.attention.seam import context_of

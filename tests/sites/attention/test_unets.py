@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
 import hf_accel
+import tiny
 from hf_accel.hosts.denoisers import level_of
 
 

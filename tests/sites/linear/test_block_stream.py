@@ -4,15 +4,15 @@ the stream is left on the model."""
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from test_attention_and_caches import fingerprint
 
+import tiny
 from hf_accel.errors import InvalidSetting, NotApplicable, QuantizationError
 from hf_accel.sites.linear import gates as block_gates
 from hf_accel.sites.linear.places import find_linears
 from hf_accel.sites.linear.samples import Sample, calibration_from
-from hf_accel.sites.linear.stream import BlockStream
+from hf_accel.sites.linear.stream import LayerStream
 
 
 def ids(rows, length, vocabulary=50, seed=0):
@@ -140,7 +140,7 @@ def watched(model, samples, sites):
 def collect(model, samples, sites, change=None, **options):
     """Gathered of all units by site, and the units' names; ``change(site)`` after each stage."""
     found, names = {}, []
-    with BlockStream(model, samples, sites, progress=False, gram_dtype=torch.float64, **options) as stream:
+    with LayerStream(model, samples, sites, progress=False, gram_dtype=torch.float64, **options) as stream:
         for unit in stream:
             names.append(unit.name)
             for stage in unit.stages():
@@ -281,7 +281,7 @@ def test_siblings_do_not_wait_for_each_other():
     model, samples = routed()
     sites = [site for site in find_linears(model) if "blocks.0" in site.name]
     stages = []
-    with BlockStream(model, samples, sites, progress=False, true_sequential=True) as stream:
+    with LayerStream(model, samples, sites, progress=False, true_sequential=True) as stream:
         for unit in stream:
             stages += [sorted(s.name[9:] for g in stage for s in g.sites) for stage in unit.stages()]
     assert stages[-1] == ["experts.1", "experts.2", "never"]
@@ -311,7 +311,7 @@ def test_blocks_that_do_not_run_are_not_waited_for():
 def test_only_outputs_that_somebody_reads_are_kept():
     model, samples = case("llama")
     held = []
-    with BlockStream(model, samples, find_linears(model), progress=False) as stream:
+    with LayerStream(model, samples, find_linears(model), progress=False) as stream:
         for _ in stream:
             kept = [
                 gate.name
@@ -321,7 +321,7 @@ def test_only_outputs_that_somebody_reads_are_kept():
             held.append(kept)
     assert held == [[], ["model.layers.0"], ["model.layers.1"]]
     encoder_decoder, samples = case("t5")
-    with BlockStream(encoder_decoder, samples, find_linears(encoder_decoder), progress=False) as stream:
+    with LayerStream(encoder_decoder, samples, find_linears(encoder_decoder), progress=False) as stream:
         for _ in stream:
             pass
         assert stream._last_use[2] == 5  # every decoder block reads the encoder's last one
@@ -475,7 +475,7 @@ def test_a_model_that_accelerate_spread_is_not_moved():
 
     model = dispatch_model(llama(), {"": "cpu"}, force_hooks=True)
     with pytest.raises(NotApplicable, match="accelerate"):
-        BlockStream(model, texts(), find_linears(model), device="cpu")
+        LayerStream(model, texts(), find_linears(model), device="cpu")
     found, _ = collect(model, texts(), find_linears(model))
     check_equal(found, watched(model, texts(), find_linears(model)))
 

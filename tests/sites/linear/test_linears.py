@@ -7,9 +7,9 @@ import re
 from collections import Counter
 
 import pytest
-import tiny_hosts
 import torch
 
+import tiny_hosts
 from hf_accel.errors import Conflict, InvalidSetting, NotApplicable, RevertRefused, WeightsMismatch
 from hf_accel.ledger import Ledger
 from hf_accel.quant.packed_linear import PackedLinear

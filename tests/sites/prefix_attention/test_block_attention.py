@@ -9,15 +9,13 @@ import weakref
 from pathlib import Path
 
 import pytest
-import sdar_models
-import tiny_text
 import torch
-from sdar_models import BLOCK, Graphs, denoise, prompt, sdar
-from standins import llada, llada2
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_accel
+import sdar_models
+import tiny_text
 from hf_accel import registry
 from hf_accel.api import applied_methods
 from hf_accel.errors import NotApplicable, RevertRefused
@@ -25,11 +23,14 @@ from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.prefix_attention import install as block_attention
-from hf_accel.sites.prefix_attention.base import BlockAttentionConfig, BlockAttentionMethod, BlockRunner
+from hf_accel.sites.prefix_attention.base import PrefixAttentionConfig, PrefixAttentionMethod, PrefixRunner
+from hf_accel.sites.prefix_attention.masks import MaskMemo, split_mask
 from hf_accel.sites.prefix_attention.sdar import OTHER_COMPUTATION, OTHER_MASK
-from hf_accel.sites.prefix_attention.seam import SEAT, MaskMemo, split_mask
+from hf_accel.sites.prefix_attention.seam import SEAT
 from hf_accel.sites.prefix_attention.split import split_attention
 from hf_accel.zoo import sdar as modeling
+from sdar_models import BLOCK, Graphs, denoise, prompt, sdar
+from standins import llada, llada2
 
 LAYERS = sdar_models.SDAR["num_hidden_layers"]
 PADDING = torch.arange(12)[None] >= torch.tensor([[0], [8]])
@@ -451,10 +452,10 @@ class Diary:
         self.pages.append("reset")
 
 
-class Stateful(BlockAttentionMethod):
+class Stateful(PrefixAttentionMethod):
     """A method whose state tells for which calls it was used."""
 
-    name, facts, Config = "stateful", registry.get("losa").facts, BlockAttentionConfig
+    name, facts, Config = "stateful", registry.get("losa").facts, PrefixAttentionConfig
 
     def attend(self, call, state):
         state.append((call.generation, call.index, call.layer.index))
@@ -483,9 +484,9 @@ def test_a_core_is_reset_at_every_block_and_request():
 
 def test_state_is_of_one_layer_in_one_block():
     model = sdar(num_hidden_layers=2)
-    method = Stateful(BlockAttentionConfig())
+    method = Stateful(PrefixAttentionConfig())
     method.seen = []
-    installed(model, BlockRunner(method))
+    installed(model, PrefixRunner(method))
     denoise(model, prompt(8), blocks=2)
     for state in method.seen:
         assert len({layer for *_, layer in state}) == 1
@@ -496,9 +497,9 @@ def test_state_is_of_one_layer_in_one_block():
 def test_state_is_not_copied_with_the_model():
     """The copy begins a block of its own, though its clock stands where the original's stood when that began."""
     model = sdar(num_hidden_layers=1)
-    method = Stateful(BlockAttentionConfig())
+    method = Stateful(PrefixAttentionConfig())
     method.seen = []
-    seam = installed(model, BlockRunner(method))
+    seam = installed(model, PrefixRunner(method))
     cache, block = DynamicCache(), torch.full((1, BLOCK), sdar_models.MASK)
     with torch.no_grad():
         model(prompt(8), past_key_values=cache, store_kv=True)
@@ -514,9 +515,9 @@ def test_state_is_not_copied_with_the_model():
 
 def test_settings_that_exclude_calls_are_exact_and_counted():
     model = sdar(num_hidden_layers=2)
-    method = Stateful(BlockAttentionConfig(min_prefix=8, dense_layers=1))
+    method = Stateful(PrefixAttentionConfig(min_prefix=8, dense_layers=1))
     method.seen = []
-    run = installed(model, BlockRunner(method)).run
+    run = installed(model, PrefixRunner(method)).run
     denoise(model, prompt(8), blocks=2)
     assert {state[-1][2] for state in method.seen} == {1}
     assert len(method.seen) == BLOCK  # of the second block: the first has 8 tokens in front

@@ -7,11 +7,11 @@ import functools
 import inspect
 
 import pytest
-import tiny
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 import hf_accel
+import tiny
 from hf_accel.errors import Conflict, NotApplicable, RevertRefused
 from hf_accel.sites.step_cache import seam as step_cache
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import chain
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from hf_accel.errors import Conflict
 from hf_accel.sites.step_cache import unet_views
 from hf_accel.sites.step_cache.unet_views import UNetViews, deepest_branch

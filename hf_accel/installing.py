@@ -1,0 +1,107 @@
+"""The transaction that puts methods on models and takes them off: all of it, or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_accel import registry
+from hf_accel.base import Given, Method
+from hf_accel.errors import (
+    NotApplicable,
+    RevertRefused,
+)
+from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.foreign import standing
+from hf_accel.hosts.target import Model, Target
+from hf_accel.ledger import MARK, Change, Ledger
+from hf_accel.presets.preset import Wanted
+from hf_accel.report import MethodReport
+
+
+@dataclass
+class Installation:
+    """One method on one model: what is needed to report it and to undo it."""
+
+    method: Method
+    ledger: Ledger
+    report: MethodReport
+    handle: Any = None
+
+
+def installed(module: torch.nn.Module) -> tuple[Installation, ...]:
+    """What stands on a model (not a pipeline), in the order of application."""
+    return tuple(marks_of(module))
+
+
+def marks_of(module: torch.nn.Module) -> list[Installation]:
+    return module.__dict__.get(MARK, [])
+
+
+def install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Model, Installation]]:
+    replaced = [
+        (model, old) for model, wanted in plan for old in marks_of(model.module) if old.method.name == wanted.method
+    ]
+    # Put back as they are, not made anew, if what replaces them fails: some took hours, or were trained since.
+    standing = [(model, marks_of(model.module), [*marks_of(model.module)]) for model, _ in replaced]
+    undone = undo(replaced)
+    # One clock per method, shared by the models of a pipeline: every installation accounts for every forward itself.
+    clocks = {wanted.method: Clock(target.pipeline) for _, wanted in plan}
+    former = {(model.name, old.method.name): old.method for model, old in replaced}
+    done: list[tuple[Model, Installation]] = []
+    try:
+        for model, wanted in plan:
+            earlier = former.get((model.name, wanted.method))
+            done.append((model, _put(model, wanted, clocks[wanted.method], earlier)))
+    except BaseException:
+        undo(done)
+        for (_, old), changes in zip(replaced, undone, strict=True):
+            old.ledger.redo(changes)
+        for model, marks, before in standing:
+            marks[:] = before
+            model.module.__dict__[MARK] = marks
+        raise
+    return done
+
+
+def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = None) -> Installation:
+    config = wanted.config
+    method = registry.get(config.METHOD)(config)
+    method.given = Given(wanted.given)
+    if former is not None:
+        method.take_over(former)
+    settings = config.to_dict()["settings"]
+    report = MethodReport(method.name, settings, model.name, model.class_name, wanted.origin)
+    installation = Installation(method, Ledger(), report)
+    if method.stands_on and former is None and (reason := method.why_not(model)) is not None:
+        raise NotApplicable(f"{method.name} on {model.name} ({model.class_name}): {reason}.")
+    try:
+        installation.handle = method.install(model, installation.ledger, report, clock)
+    except BaseException:
+        installation.ledger.undo()
+        raise
+    report.notes += [f"{entry.name} on the model: {entry.note}" for entry in standing(model.module) if entry.note]
+    model.module.__dict__.setdefault(MARK, []).append(installation)
+    return installation
+
+
+def undo(installed: list[tuple[Model, Installation]]) -> list[list[Change]]:
+    """Undo in reverse order, all or nothing. Returns what was undone of each."""
+    reasons = []
+    for place, (model, installation) in enumerate(installed):
+        try:
+            installation.ledger.check([later.ledger for _, later in installed[place + 1 :]])
+        except RevertRefused as refused:
+            reasons.append(f"{installation.method.name} on {model.name}: {refused}")
+    if reasons:
+        raise RevertRefused(" ".join(reasons))
+    undone = []
+    for model, installation in reversed(installed):
+        undone.append(installation.ledger.undo())
+        marks = marks_of(model.module)
+        marks[:] = [other for other in marks if other is not installation]
+        if not marks:
+            model.module.__dict__.pop(MARK, None)
+    return undone[::-1]

@@ -1,0 +1,53 @@
+"""What a prefix cache did since it was applied."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class KVCacheStatistics:
+    """What a prefix cache did since it was applied. A row is one position of the batch that goes through the model."""
+
+    forwards: int = 0
+    generations: int = 0
+    cached_forwards: int = 0
+    verified: int = 0  # forwards run both ways and found equal
+    prefills: Counter[str] = field(default_factory=Counter)  # by reason
+    dense_calls: Counter[str] = field(default_factory=Counter)  # the model's own forwards, by reason
+    rows_computed: int = 0
+    rows_native: int = 0  # that the unpatched model would have computed
+    kept_bytes: int = 0
+
+    @property
+    def row_share(self) -> float | None:
+        """Rows computed as a share of what the unpatched model computes; None before the first forward."""
+        return self.rows_computed / self.rows_native if self.rows_native else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "forwards": self.forwards,
+            "generations": self.generations,
+            "cached_forwards": self.cached_forwards,
+            "verified": self.verified,
+            "prefills": dict(self.prefills),
+            "dense_calls": dict(self.dense_calls),
+            "rows_computed": self.rows_computed,
+            "rows_native": self.rows_native,
+            "row_share": self.row_share,
+            "kept_bytes": self.kept_bytes,
+        }
+
+    def lines(self, method: str) -> list[str]:
+        """What ran, for the printed report."""
+        share = self.row_share
+        rows = f"; {share:.1%} of the rows" if share is not None else ""
+        lines = [
+            f"  ran       {self.forwards} forwards in {self.generations} generations; {self.cached_forwards} against "
+            f"the cache, {self.verified} verified{rows}",
+            f"  kept      {self.kept_bytes} bytes at most",
+        ]
+        lines += [f"  prefill   {n} x {reason}" for reason, n in self.prefills.most_common()]
+        return lines + [f"  dense     {n} x {reason}" for reason, n in self.dense_calls.most_common()]
