@@ -10,6 +10,7 @@ import torch
 
 from hf_accel.api import apply
 from hf_accel.errors import HFAccelError, NotApplicable
+from hf_accel.hosts.loading import load_pipeline
 from hf_accel.measure.compare import DENSE, Comparison, compare
 from hf_accel.measure.pictures import write_density_map
 from hf_accel.measure.sampling import attention_runs, generate
@@ -33,10 +34,7 @@ class Miniature:
 
     def load(self) -> Any:
         """The pipeline in fp32, on the GPU if there is one."""
-        from diffusers import DiffusionPipeline
-
-        pipe = DiffusionPipeline.from_pretrained(path(self.name), dtype=torch.float32)
-        return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        return load_pipeline(path(self.name), torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 MINI_WAN = Miniature(

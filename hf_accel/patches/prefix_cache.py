@@ -21,8 +21,8 @@ Decisions of ours:
 
 * **Prefill**: the prefix is run alone, through the model's own mask, not taken from a forward over the whole window:
   there a bidirectional model would have mixed the block into the prefix's K/V, and the comparison would see nothing.
-* **How often to compare**: see ``Verdict`` in sites/kv_cache/seam.py. A model of block size g freezes prefixes that are
-  multiples of g, so lengths are compared until all those to come are multiples of what was found frozen: one or two
+* **How often to compare**: see ``Verdict`` in sites/kv_cache/llada2.py. A model of block size g freezes prefixes that
+  are multiples of g, so lengths are compared until all those to come are multiples of what was found frozen: one or two
   windows. Again for another block length, with padding, in another dtype or attention implementation.
 * **Tolerance** is of the difference's norm, relative to that of the logits, both centred over the vocabulary (softmax
   ignores the mean). In half precision different row counts take different kernels, and a mixture of experts may choose
@@ -48,7 +48,7 @@ from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
-from hf_accel.sites.kv_cache import seam as host
+from hf_accel.sites.kv_cache import llada2 as host
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 

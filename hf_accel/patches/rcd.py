@@ -41,10 +41,10 @@ from hf_accel.checkpoints.declaration import declaration_of, read_declaration
 from hf_accel.config import Config, setting
 from hf_accel.errors import NotApplicable, WeightsMismatch
 from hf_accel.facts import Facts
-from hf_accel.hosts import loading as language_loading
 from hf_accel.hosts.block_families import FULL, LLADA2, SDAR
 from hf_accel.hosts.clocks.block_steps import BlockStep
 from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.loading import load_language_model
 from hf_accel.hosts.target import Model, unwrap
 from hf_accel.kernels.soft_embedding import backend_for, entropy_lse, normalized_entropy, soft_embed
 from hf_accel.ledger import Ledger
@@ -238,7 +238,7 @@ class RCD(Method):
         self._context = context
         self._reference.shift = config.logit_shift
         if config.reference is not None and self._reference.model is None:
-            reference = language_loading.load(config.reference, like=model.module)
+            reference = load_language_model(config.reference, like=model.module)
             self._reference.set_model(reference, model.module, context.mask_token)
         self._check_weights(model, report)
         return context

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 import hf_accel
 from hf_accel.errors import InvalidSetting, NotApplicable
 from hf_accel.patches.prefix_cache import relative_difference
-from hf_accel.sites.kv_cache.seam import Verdict, Window
+from hf_accel.sites.kv_cache.llada2 import Verdict, Window
 from hf_accel.sites.kv_cache.transformers import new_cache
 from standins import dream, llada, llada2
 

@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from hf_accel.errors import InvalidSetting, NotApplicable
 from hf_accel.generation.block_diffusion.canvas import Canvas, Prompt
@@ -43,6 +42,7 @@ from hf_accel.generation.block_diffusion.commit_rules import (
     propose,
 )
 from hf_accel.hosts.block_families import DIFFUSION_GEMMA, FULL, LLADA2, SDAR, family_of, mask_token_of
+from hf_accel.hosts.caches import new_dynamic_cache
 from hf_accel.hosts.target import kind, unwrap
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ class _Network:
 
     def __init__(self, model: torch.nn.Module, base: torch.nn.Module):
         self._model = model
-        self._cache = DynamicCache()
+        self._cache = new_dynamic_cache()
         # Logits of a forward that only fills the cache are not read: the released models can leave most of them out.
         trims = "logits_to_keep" in inspect.signature(type(base).forward).parameters
         self._unread = {"logits_to_keep": 1} if trims else {}

@@ -250,6 +250,11 @@ class RootHook:
     def __init__(self, context: AttentionSeam):
         self.context = context
 
+    @property
+    def counts_layers(self) -> AttentionSeam:
+        """For :func:`hf_accel.hosts.layer_counting.counter_of`."""
+        return self.context
+
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         spec = self.context.spec
         arguments = spec.arguments(args, kwargs)

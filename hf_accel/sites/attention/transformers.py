@@ -10,7 +10,6 @@ A method sees the prefill (more than one query). Decoding steps run the model's 
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +18,8 @@ import torch
 
 from hf_accel.attention.call import Step
 from hf_accel.errors import NothingPatched
+from hf_accel.hosts import attention_interface
+from hf_accel.hosts.attention_interface import ALTERING, NATIVE, native_function
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.denoisers import Denoiser
 from hf_accel.hosts.patching.registration import SharedRegistration
@@ -36,10 +37,6 @@ from hf_accel.sites.attention.seam import (
 from hf_accel.sites.attention.statistics import AttentionStatistics
 
 PREFIX = "hf_accel-"
-NATIVE = ("sdpa", "eager")
-
-# Arguments of an attention function that change what it computes: a method that does not know them must not run.
-ALTERING = ("softcap", "s_aux", "position_bias", "cache")
 
 
 def attentions(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
@@ -205,28 +202,9 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
 
 
 def _register(implementation: str) -> Callable[[], None]:
-    """Our attention and mask functions in front of those of ``implementation``; returns the removal."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    name = PREFIX + implementation
-    AttentionInterface.register(name, functools.partial(_attention, implementation))
-    # Without a mask function of that name transformers hands on no mask at all, padding or not.
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[implementation])
-
-    def remove() -> None:
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
-
-    return remove
-
-
-def native_function(implementation: str, module: torch.nn.Module) -> Callable:
-    """The attention function that ``module`` would have called."""
-    if implementation == "eager":  # each modeling file has its own
-        return sys.modules[type(module).__module__].eager_attention_forward
-    from transformers import AttentionInterface
-
-    return AttentionInterface()[implementation]
+    """Our attention function in front of that of ``implementation``; returns the removal."""
+    function = functools.partial(_attention, implementation)
+    return attention_interface.register(PREFIX + implementation, function, masks_of=implementation)
 
 
 def _attention(

@@ -9,6 +9,7 @@ import torch
 
 from hf_accel.errors import NotApplicable, WeightsMismatch
 from hf_accel.hosts.block_families import cache_length, mask_token_of
+from hf_accel.hosts.caches import new_dynamic_cache
 from hf_accel.hosts.clocks.block_steps import BlockStep
 
 NO_LOGITS = "the output has no logits of these positions"
@@ -102,9 +103,7 @@ class ReferenceStart:
         if getattr(arguments.get("past_key_values"), "is_compileable", False):
             self._cache = None  # a static cache: its masks are longer than any other's
         elif step.prefix == 0:
-            from transformers import DynamicCache
-
-            self._cache = DynamicCache()
+            self._cache = new_dynamic_cache()
         elif cache_length(self._cache) != step.prefix or self._rows != rows:
             self._cache = None
         self._rows = rows

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from hf_accel.hosts import attention_interface
+from hf_accel.hosts.attention_interface import ALTERING, native_function
 from hf_accel.hosts.patching.eager import run_eagerly
-from hf_accel.sites.attention.transformers import ALTERING, native_function
 from hf_accel.sites.prefix_attention.masks import ALL_VISIBLE, SplitMask
 from hf_accel.sites.prefix_attention.seam import SEAT, Seat
 
@@ -50,15 +51,7 @@ def forward_without_cache(cls: Any) -> Callable:
 
 def register(implementation: str) -> Callable[[], None]:
     """Our attention function for decoder attentions, over that of ``implementation``; returns the removal."""
-    from transformers import AttentionInterface
-
-    name = PREFIX + implementation
-    AttentionInterface.register(name, functools.partial(_attention, implementation))
-
-    def remove() -> None:
-        AttentionInterface._global_mapping.pop(name, None)
-
-    return remove
+    return attention_interface.register(PREFIX + implementation, functools.partial(_attention, implementation))
 
 
 def _attention(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from hf_accel.errors import NothingPatched
+from hf_accel.hosts.attention_interface import NATIVE
 from hf_accel.hosts.block_families import (
     DIFFUSION_GEMMA,
     LLADA2,
@@ -33,7 +34,6 @@ from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
-from hf_accel.sites.attention.transformers import NATIVE
 from hf_accel.sites.prefix_attention import gemma as block_gemma
 from hf_accel.sites.prefix_attention import sdar as block_sdar
 from hf_accel.sites.prefix_attention.masks import split_mask

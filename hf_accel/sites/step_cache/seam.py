@@ -24,11 +24,11 @@ import torch
 from hf_accel.attention.call import Step
 from hf_accel.hosts.clocks.call_end import CallEnd
 from hf_accel.hosts.clocks.steps import Clock, read_timestep
+from hf_accel.hosts.layer_counting import counter_of
 from hf_accel.hosts.patching.forward_override import override_forward
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
-from hf_accel.sites.attention.seam import context_of
 from hf_accel.sites.step_cache import unet_views
 from hf_accel.sites.step_cache.statistics import StepCacheStatistics
 from hf_accel.sites.step_cache.unet_macs import ForwardShape, MacShares
@@ -230,7 +230,7 @@ class StepCacheSeam:
 
     def _tell_seam(self, unet: torch.nn.Module, views: UNetViews) -> None:
         """An attention method on the same U-Net counts layers: say which of them a partial forward runs."""
-        seam = context_of(unet)
+        seam = counter_of(unet)
         if seam is None:
             return
         if self._seam_layers is None or self._seam_layers[0] != seam.key:
