@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from hf_accel.base import Method
-from hf_accel.checkpoints.gptq.layout import declare
+from hf_accel.checkpoints.gptq.declare import declare
 from hf_accel.config import Config, setting
 from hf_accel.errors import InvalidSetting, NothingPatched, QuantizationError
 from hf_accel.facts import HOSTS, HOSTS_OF, Facts

@@ -36,7 +36,6 @@ from typing import Any
 
 import torch
 
-from hf_accel.base import Method
 from hf_accel.checkpoints.declaration import declaration_of, read_declaration
 from hf_accel.config import Config, setting
 from hf_accel.errors import NotApplicable, WeightsMismatch
@@ -50,7 +49,6 @@ from hf_accel.kernels.soft_embedding import backend_for, entropy_lse, normalized
 from hf_accel.ledger import Ledger
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
-from hf_accel.sites.embedding import residual as residual_context
 from hf_accel.sites.embedding.residual import ResidualSeam, context_of
 from hf_accel.sites.embedding.start import OwnStart, ReferenceStart, Start
 from hf_accel.sites.embedding.table import EmbeddingTable, embedding_table
@@ -196,7 +194,7 @@ FORMED = ("alpha_mode", "alpha", "alpha_scale", "temper_delta", "top_k")
 
 
 @register
-class RCD(Method):
+class RCD(ResidualMethod):
     """Residuals at open positions; see the module's docstring."""
 
     name = "rcd"
@@ -221,10 +219,6 @@ class RCD(Method):
         self._warned: set[str] = set()
         self._context: ResidualSeam | None = None
 
-    @classmethod
-    def why_not(cls, model: Model) -> str | None:
-        return residual_context.why_not(model.module)
-
     def take_over(self, former: RCD) -> None:
         self._warned = former._warned
         if self.config.reference in (None, former.config.reference):
@@ -232,9 +226,7 @@ class RCD(Method):
 
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> ResidualSeam:
         config = self.config
-        context = residual_context.install(
-            model, self, ledger, report, mask_token=config.mask_token_id, shift=config.logit_shift, start=self._start()
-        )
+        context = super().install(model, ledger, report, clock)
         self._context = context
         self._reference.shift = config.logit_shift
         if config.reference is not None and self._reference.model is None:
@@ -243,7 +235,7 @@ class RCD(Method):
         self._check_weights(model, report)
         return context
 
-    def _start(self) -> Start | None:
+    def start(self) -> Start | None:
         starts: dict[str, Start] = {
             "warm": self._reference,
             "self": OwnStart(self.config.logit_shift),

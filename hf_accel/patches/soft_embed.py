@@ -18,19 +18,13 @@ from typing import Any
 
 import torch
 
-from hf_accel.base import Method
 from hf_accel.config import Config, setting
 from hf_accel.facts import Facts
 from hf_accel.hosts.block_families import DIFFUSION_GEMMA
-from hf_accel.hosts.clocks.steps import Clock
-from hf_accel.hosts.target import Model
 from hf_accel.kernels.common.dispatch import Choice
 from hf_accel.kernels.soft_embedding import backend_for, entropy_lse, soft_embed
-from hf_accel.ledger import Ledger
 from hf_accel.registry import register
-from hf_accel.report import MethodReport
-from hf_accel.sites.embedding import self_conditioning
-from hf_accel.sites.embedding.self_conditioning import SelfConditioningSeam
+from hf_accel.sites.embedding.base import SoftEmbeddingMethod
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class SoftEmbedConfig(Config):
 
 
 @register
-class SoftEmbed(Method):
+class SoftEmbed(SoftEmbeddingMethod):
     """The expected embedding by a fused kernel; see the module's docstring."""
 
     name = "soft-embed"
@@ -59,13 +53,6 @@ class SoftEmbed(Method):
     )
     Config = SoftEmbedConfig
     config: SoftEmbedConfig
-
-    @classmethod
-    def why_not(cls, model: Model) -> str | None:
-        return self_conditioning.why_not(model.module)
-
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> SelfConditioningSeam:
-        return self_conditioning.install(model, self, ledger, report)
 
     def embed(self, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``softmax(logits) @ weight``: ``[B, S, V]`` and ``[V, D]`` -> ``[B, S, D]`` in ``weight``'s dtype."""

@@ -10,7 +10,7 @@ Two versions of the layout differ in the zeros: ``checkpoint_format`` ``gptq`` (
 zero itself. We write v1, which everything reads, wherever no zero is 0.
 
 Which layers are packed is taken from the tensors in the files, not from the config, which different tools fill
-differently. Reading is switched on in ``quantized_loading.py``; saving needs nothing but :func:`declare`.
+differently. Reading is switched on in ``loading.py``; saving needs nothing but :func:`.declare.declare`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ import torch
 import hf_accel
 from hf_accel.errors import QuantizationError
 from hf_accel.hosts.layer_lists import is_linear, layer_list, layer_names
-from hf_accel.hosts.target import is_a
-from hf_accel.ledger import Ledger
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.quant.packing import PACKED_BITS, fits_v1, from_v1, to_v1
 from hf_accel.sites.linear.places import LinearSite, find_linears
@@ -118,47 +116,6 @@ def read_settings(config: Mapping[str, Any]) -> GPTQSettings:
         dynamic=dict(config.get("dynamic") or {}),
         modules_in_block_to_quantize=config.get("modules_in_block_to_quantize"),
     )
-
-
-def declare(
-    model: torch.nn.Module,
-    ledger: Ledger,
-    *,
-    desc_act: bool = False,
-    sym: bool = False,
-    damp_percent: float = 0.01,
-    true_sequential: bool = False,
-) -> None:
-    """Say of a model whose linears were packed that they are, so that ``save_pretrained`` writes what can be loaded.
-
-    Sets what a loaded quantised model has (``hf_quantizer``, ``is_quantized``, ``quantization_method`` and the entry in
-    its config), with what follows: the Trainer trains it with adapters only, and ``.to(dtype)`` is refused by the host.
-    A model of neither transformers nor diffusers has no ``save_pretrained`` and is left alone.
-
-    Args:
-        model: holds :class:`PackedLinear`.
-        ledger: of the model; undo takes the declaration back.
-        desc_act: see :class:`GPTQSettings`.
-        sym: zeros are all in the middle.
-        damp_percent: a record.
-        true_sequential: a record.
-
-    Raises:
-        QuantizationError: nothing in it is packed.
-    """
-    settings = settings_of(
-        model, desc_act=desc_act, sym=sym, damp_percent=damp_percent, true_sequential=true_sequential
-    )
-    if is_a(model, "transformers", "PreTrainedModel"):
-        from hf_accel.checkpoints.gptq import transformers as host
-    elif is_a(model, "diffusers", "ModelMixin"):
-        from hf_accel.checkpoints.gptq import diffusers as host  # type: ignore[no-redef]
-    else:
-        return
-    quantizer = host.declare_config(model, settings, ledger)
-    ledger.set(model, "hf_quantizer", quantizer)
-    ledger.set(model, "is_quantized", True)
-    ledger.set(model, "quantization_method", quantizer.quantization_config.quant_method)
 
 
 def settings_of(model: torch.nn.Module, **told: Any) -> GPTQSettings:
