@@ -43,7 +43,7 @@ from hf_accel.hosts import loading as language_loading
 from hf_accel.hosts.block_context import FULL, LLADA2, SDAR, BlockStep
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model, unwrap
-from hf_accel.kernels.soft_embedding import backend_for, entropy_lse, normalized_entropy, soft_embed
+from hf_accel.kernels.soft_embedding import entropy_lse, normalized_entropy, soft_embed
 from hf_accel.ledger import Ledger
 from hf_accel.method import Facts, Method
 from hf_accel.registry import register
@@ -217,7 +217,6 @@ class RCD(Method):
         super().__init__(config)
         self._reference = ReferenceStart()
         self._warned: set[str] = set()
-        self._context: ResidualContext | None = None
 
     @classmethod
     def why_not(cls, model: Model) -> str | None:
@@ -233,7 +232,6 @@ class RCD(Method):
         context = residual_context.install(
             model, self, ledger, report, mask_token=config.mask_token_id, shift=config.logit_shift, start=self._start()
         )
-        self._context = context
         self._reference.shift = config.logit_shift
         if config.reference is not None and self._reference.model is None:
             reference = language_loading.load(config.reference, like=model.module)
@@ -283,9 +281,6 @@ class RCD(Method):
         if self.config.alpha_scale == 0:
             return embedded, embedded.new_zeros(len(embedded), dtype=torch.float32)
         logits = logits.to(table.weight.device)
-        if self._context is not None and not self._context.run.kernels:
-            choice = backend_for(logits, self.config.backend, table.weight)
-            self._context.run.kernels["soft_embed"] = choice.backend, choice.reason
         return interpolate(embedded, logits, table, self.config)
 
 

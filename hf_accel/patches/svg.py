@@ -38,7 +38,7 @@ from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.layout import VideoLayout, block_sizes, expand_heads, inverse_order
 from hf_accel.attention.static import Recent, StaticBlocks
 from hf_accel.config import setting
-from hf_accel.kernels.block_sparse_attention import backend_for, block_sparse_attention
+from hf_accel.kernels.block_sparse_attention import block_sparse_attention
 from hf_accel.kernels.permute import gather_rows, scatter_rows
 from hf_accel.method import AttentionMethod, Facts, SparseAttentionConfig
 from hf_accel.registry import register
@@ -141,8 +141,6 @@ class SVG(AttentionMethod):
             query, key, value, shape.blocks.index, shape.blocks.count,
             block_size=settings.block_size, scale=call.scale, key_valid=valid, backend=settings.backend,
         )  # fmt: skip
-        choice = backend_for(query, settings.backend)
-        call.record_kernel("block_sparse_attention", choice.backend, choice.reason)
         call.record_density(shape.blocks.density.expand(query.shape[:2]))
         return scatter_rows(out, order, backend=settings.backend)
 
