@@ -126,7 +126,7 @@ class AttentionCall:
         self.notes["density"] = density.detach()
 
     def record_kernel(self, op: str, backend: str, reason: str) -> None:
-        """Note which implementation of ``op`` ran and why."""
+        """Note which implementation of ``op`` ran and why. Kernels of ``hf_accel.kernels`` are noted by themselves."""
         self.notes.setdefault("kernels", {})[op] = (backend, reason)
 
     def key_validity(self) -> torch.Tensor | None:

@@ -40,10 +40,8 @@ from hf_accel.errors import InvalidSetting
 from hf_accel.facts import Facts
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
-from hf_accel.kernels.block_sparse_attention import backend_for as fixed_backend
 from hf_accel.kernels.block_sparse_attention import block_map_to_index, block_sparse_attention
 from hf_accel.kernels.permute import gather_rows
-from hf_accel.kernels.variable_block_attention import backend_for as variable_backend
 from hf_accel.kernels.variable_block_attention import variable_block_attention
 from hf_accel.ledger import Ledger
 from hf_accel.registry import register
@@ -194,12 +192,8 @@ class GRAT(AttentionMethod):
         plan = self._plans.get(key, lambda: self._plan(call, grid, valid is not None))
         if isinstance(plan, FixedPlan):
             out = self._fixed(call, plan, valid)
-            choice = fixed_backend(call.query, self.config.backend)
-            call.record_kernel("block_sparse_attention", choice.backend, choice.reason)
         else:
             out = self._variable(call, plan, valid)
-            choice = variable_backend(call.query, self.config.backend)
-            call.record_kernel("variable_block_attention", choice.backend, choice.reason)
         if call.order is not None:
             call.record_kernel("token_order", "at entry and exit", "once per forward")
         else:

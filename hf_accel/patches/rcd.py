@@ -45,10 +45,11 @@ from hf_accel.hosts.clocks.block_steps import BlockStep
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.loading import load_language_model
 from hf_accel.hosts.target import Model, unwrap
-from hf_accel.kernels.soft_embedding import backend_for, entropy_lse, normalized_entropy, soft_embed
+from hf_accel.kernels.soft_embedding import entropy_lse, normalized_entropy, soft_embed
 from hf_accel.ledger import Ledger
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
+from hf_accel.sites.embedding.base import ResidualMethod
 from hf_accel.sites.embedding.residual import ResidualSeam, context_of
 from hf_accel.sites.embedding.start import OwnStart, ReferenceStart, Start
 from hf_accel.sites.embedding.table import EmbeddingTable, embedding_table
@@ -217,7 +218,6 @@ class RCD(ResidualMethod):
         super().__init__(config)
         self._reference = ReferenceStart()
         self._warned: set[str] = set()
-        self._context: ResidualSeam | None = None
 
     def take_over(self, former: RCD) -> None:
         self._warned = former._warned
@@ -227,7 +227,6 @@ class RCD(ResidualMethod):
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> ResidualSeam:
         config = self.config
         context = super().install(model, ledger, report, clock)
-        self._context = context
         self._reference.shift = config.logit_shift
         if config.reference is not None and self._reference.model is None:
             reference = load_language_model(config.reference, like=model.module)
@@ -277,9 +276,6 @@ class RCD(ResidualMethod):
         if self.config.alpha_scale == 0:
             return embedded, embedded.new_zeros(len(embedded), dtype=torch.float32)
         logits = logits.to(table.weight.device)
-        if self._context is not None and not self._context.run.kernels:
-            choice = backend_for(logits, self.config.backend, table.weight)
-            self._context.run.kernels["soft_embed"] = choice.backend, choice.reason
         return interpolate(embedded, logits, table, self.config)
 
 

@@ -43,7 +43,7 @@ from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.block_sparse_attention import block_map_to_index
 from hf_accel.kernels.block_summary import block_summary
-from hf_accel.kernels.sparse_linear_attention import OP, backend_for, sparse_linear_attention
+from hf_accel.kernels.sparse_linear_attention import sparse_linear_attention
 from hf_accel.ledger import Ledger
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
@@ -186,8 +186,6 @@ class SLA(AttentionMethod):
             block_size=(self.config.block_q, self.config.block_k), scale=call.scale, key_valid=valid,
             backend=self.config.backend, **skipped,
         )  # fmt: skip
-        choice = backend_for(call.query, self.config.backend)
-        call.record_kernel(OP, choice.backend, choice.reason)
         self._record_density(call, classes.critical)
         return sparse + self.project(linear, call.layer.index)
 

@@ -39,7 +39,7 @@ from hf_accel.attention.layout import VideoLayout, block_sizes, expand_heads, in
 from hf_accel.attention.static import Recent, StaticBlocks
 from hf_accel.config import setting
 from hf_accel.facts import Facts
-from hf_accel.kernels.block_sparse_attention import backend_for, block_sparse_attention
+from hf_accel.kernels.block_sparse_attention import block_sparse_attention
 from hf_accel.kernels.permute import gather_rows, scatter_rows
 from hf_accel.registry import register
 from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
@@ -142,8 +142,6 @@ class SVG(AttentionMethod):
             query, key, value, shape.blocks.index, shape.blocks.count,
             block_size=settings.block_size, scale=call.scale, key_valid=valid, backend=settings.backend,
         )  # fmt: skip
-        choice = backend_for(query, settings.backend)
-        call.record_kernel("block_sparse_attention", choice.backend, choice.reason)
         call.record_density(shape.blocks.density.expand(query.shape[:2]))
         return scatter_rows(out, order, backend=settings.backend)
 

@@ -34,9 +34,7 @@ from hf_accel.attention.selectors import centroid_map, top_p
 from hf_accel.config import setting
 from hf_accel.facts import Facts
 from hf_accel.kernels.kmeans import KMeansResult, kmeans
-from hf_accel.kernels.kmeans import backend_for as kmeans_backend
 from hf_accel.kernels.permute import gather_rows
-from hf_accel.kernels.variable_block_attention import backend_for as attention_backend
 from hf_accel.kernels.variable_block_attention import variable_block_attention
 from hf_accel.registry import register
 from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
@@ -117,9 +115,6 @@ class SVG2(AttentionMethod):
             call.query, sorted_key, sorted_value, keep, query_sizes, key_sizes,
             scale=call.scale, query_order=query_order, backend=self.config.backend,
         )  # fmt: skip
-        for op, backend_for in (("kmeans", kmeans_backend), ("variable_block_attention", attention_backend)):
-            choice = backend_for(call.query, self.config.backend)
-            call.record_kernel(op, choice.backend, choice.reason)
         call.record_density(density(keep, query_sizes, key_sizes))
         return out
 

@@ -7,7 +7,7 @@ import torch
 from hf_accel.errors import InvalidSetting, UnsupportedByKernel
 from hf_accel.kernels.block_sparse_attention.index import block_map_to_index, index_to_block_map, transpose_index
 from hf_accel.kernels.common import checks
-from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose, take
 
 __all__ = ["backend_for", "block_map_to_index", "block_sparse_attention", "index_to_block_map", "transpose_index"]
 
@@ -87,7 +87,7 @@ def block_sparse_attention(
     sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
     _validate(query, key, value, block_index, block_count, sizes, key_valid)
     scale = checks.resolve_scale(OP, scale, query.shape[-1])
-    chosen = backend_for(query, backend).backend
+    chosen = take(OP, backend_for(query, backend))
     if numerics not in NUMERICS:
         raise InvalidSetting(OP, "numerics", numerics, f"one of {', '.join(map(repr, NUMERICS))}")
     if numerics != "native" or pv_threshold is not None:

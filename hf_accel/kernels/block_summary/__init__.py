@@ -11,7 +11,7 @@ import torch
 
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.kernels.common import checks
-from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose, take
 
 __all__ = ["BlockSummary", "backend_for", "block_summary"]
 
@@ -63,7 +63,7 @@ def block_summary(
         UnsupportedByKernel: shapes, dtypes or devices that do not fit together.
     """
     _validate(OP, x, block_size, key_valid)
-    chosen = backend_for(x, backend).backend
+    chosen = take(OP, backend_for(x, backend))
     return BlockSummary(*_block_summary(x.detach(), block_size, center, key_valid, chosen))
 
 

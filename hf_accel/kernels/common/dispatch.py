@@ -1,7 +1,8 @@
 """Which implementation of an operation runs, and why: one rule for all kernels.
 
 A backend is chosen per call from the device, the dtype and what the Triton kernel declares it can do.
-The choice is a value (:class:`Choice`) that callers put into their report: nothing falls back silently.
+The choice is a value (:class:`Choice`). An operation that runs on it says so with :func:`take`, once per call, and
+reports read that: nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 import torch
 
 from hf_accel.errors import InvalidSetting, UnsupportedByKernel
+from hf_accel.kernels.common import kernel_log
 
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS: tuple[str, ...] = ("auto", "triton", "torch")
@@ -80,6 +82,12 @@ def choose(
     if torch.compiler.is_compiling():
         return Choice("triton", "compiled")  # a graph cannot ask the driver
     return Choice("triton", f"{torch.cuda.get_device_name(tensor.device)}")
+
+
+def take(op: str, choice: Choice) -> str:
+    """Run a call of ``op`` on what was chosen: the backend's name, after telling the open log (``kernel_log``)."""
+    kernel_log.record(op, choice.backend, choice.reason)
+    return choice.backend
 
 
 def _interpreter_on() -> bool:

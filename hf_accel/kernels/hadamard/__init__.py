@@ -11,7 +11,7 @@ import math
 import torch
 
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose, take
 from hf_accel.kernels.hadamard.orders import block_size, factor, hadamard_matrix, require_factor
 
 __all__ = ["backend_for", "block_size", "factor", "hadamard", "hadamard_matrix", "resolve_block"]
@@ -74,7 +74,7 @@ def hadamard(
 @torch.library.custom_op("hf_accel::hadamard", mutates_args=())
 def _transform(x: torch.Tensor, transposed: bool, scale: float, block: int, backend: str) -> torch.Tensor:
     """``scale * H v``, or ``scale * H^T v`` if ``transposed``, of every stretch v of ``block`` elements."""
-    if backend_for(x, backend).backend == "triton":
+    if take("hadamard", backend_for(x, backend)) == "triton":
         from hf_accel.kernels.hadamard import triton
 
         # Triton launches on the current device, whatever the tensors are on.

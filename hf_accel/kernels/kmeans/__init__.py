@@ -14,7 +14,7 @@ import torch
 
 from hf_accel.errors import InvalidSetting, UnsupportedByKernel
 from hf_accel.kernels import permute
-from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose, take
 from hf_accel.kernels.kmeans import seeding
 
 __all__ = ["KMeansResult", "assign", "backend_for", "kmeans", "seed", "update"]
@@ -95,11 +95,12 @@ def kmeans(
         )
     _check_centroids("kmeans", x, centroids)
     lead, points, old = x.shape[:-2], _four(x), _four(centroids)
+    chosen = take("kmeans", backend_for(x, backend))
     done = 0
     while done < iterations:
         done += 1
-        labels = _assign(points, old, backend)
-        new, sizes, order = _update(points, labels, old, backend)
+        labels = _assign(points, old, chosen)
+        new, sizes, order = _update(points, labels, old, chosen)
         if tolerance > 0 and _largest_move(new, old) < tolerance:
             new = old
             break
@@ -121,7 +122,7 @@ def assign(x: torch.Tensor, centroids: torch.Tensor, *, backend: str = "auto") -
     """
     _check_points("assign", x)
     _check_centroids("assign", x, centroids)
-    return _assign(_four(x), _four(centroids), backend).view(x.shape[:-1])
+    return _assign(_four(x), _four(centroids), take("kmeans", backend_for(x, backend))).view(x.shape[:-1])
 
 
 def update(
@@ -140,7 +141,8 @@ def update(
             f"got {labels.dtype} {list(labels.shape)} on {labels.device}."
         )
     points = _four(x)
-    new, sizes, _ = _update(points, labels.reshape(points.shape[:-1]), _four(centroids), backend)
+    chosen = take("kmeans", backend_for(x, backend))
+    new, sizes, _ = _update(points, labels.reshape(points.shape[:-1]), _four(centroids), chosen)
     return new.view(centroids.shape), sizes.view(centroids.shape[:-1])
 
 
@@ -166,7 +168,7 @@ def seed(
 
 @torch.library.custom_op("hf_accel::kmeans_assign", mutates_args=())
 def _assign(x: torch.Tensor, centroids: torch.Tensor, backend: str) -> torch.Tensor:
-    if backend_for(x, backend).backend == "triton":
+    if backend == "triton":
         from hf_accel.kernels.kmeans import triton as kernels
 
         return kernels.assign(x, centroids)
@@ -185,9 +187,8 @@ def _update(
     x: torch.Tensor, labels: torch.Tensor, centroids: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Centroids, sizes, and the order that the sums were made in."""
-    chosen = backend_for(x, backend).backend
-    order, sizes = permute.sort_by_label(labels, centroids.shape[2], backend=chosen)
-    if chosen == "triton":
+    order, sizes = permute.sort_by_label(labels, centroids.shape[2], backend=backend)
+    if backend == "triton":
         from hf_accel.kernels.kmeans import triton as kernels
 
         return kernels.means(x, labels, centroids, order, sizes), sizes, order

@@ -16,7 +16,7 @@ import torch
 
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.kernels.common import checks
-from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose, take
 
 __all__ = [
     "PageList",
@@ -69,7 +69,7 @@ def page_minmax(
     """
     _check_cache(k, None, valid)
     _check_page_size(page_size)
-    return _page_minmax(k, page_size, valid, backend_for(k, backend).backend)
+    return _page_minmax(k, page_size, valid, take(OP, backend_for(k, backend)))
 
 
 def page_minmax_into(
@@ -95,7 +95,7 @@ def page_minmax_into(
             f"{list(kmin.shape)}, {list(kmax.shape)}, {first_page}."
         )
     if first_page < pages:
-        _page_minmax_into(k, page_size, kmin, kmax, first_page, valid, backend_for(k, backend).backend)
+        _page_minmax_into(k, page_size, kmin, kmax, first_page, valid, take(OP, backend_for(k, backend)))
 
 
 def page_score(
@@ -117,7 +117,7 @@ def page_score(
         fp32 ``[B, Hq, A, pages]``.
     """
     _check_heads(q, kmin)
-    return _page_score(q, kmin, kmax, page_valid, backend_for(kmin, backend).backend)
+    return _page_score(q, kmin, kmax, page_valid, take(OP, backend_for(kmin, backend)))
 
 
 def select_pages(scores: torch.Tensor, count: int, kv_heads: int, *, backend: str = "auto") -> PageList:
@@ -146,7 +146,8 @@ def select_pages(scores: torch.Tensor, count: int, kv_heads: int, *, backend: st
                 f"{OP}: the Triton kernel selects among up to {MOST_PAGES} pages; got {scores.shape[3]}. Use "
                 "backend='auto' or 'torch', or larger pages."
             )
-        chosen = "torch"
+        reason = f"{scores.shape[3]} pages (the Triton kernel selects among up to {MOST_PAGES})"
+        chosen = take("select_pages", Choice("torch", reason))
     return PageList(*_select_pages(scores, count, kv_heads, chosen))
 
 
@@ -178,7 +179,7 @@ def page_attention(
     _check_heads(q, k)
     _check_page_size(page_size)
     listed, counts = pages if pages is not None else (None, None)
-    return _page_attention(q, k, v, listed, counts, page_size, scale, valid, backend_for(k, backend).backend)
+    return _page_attention(q, k, v, listed, counts, page_size, scale, valid, take(OP, backend_for(k, backend)))
 
 
 def lse_merge(
@@ -192,6 +193,7 @@ def lse_merge(
     if out_a.shape != out_b.shape or not lse_a.shape == lse_b.shape == out_a.shape[:-1]:
         shapes = ", ".join(str(list(x.shape)) for x in (out_a, lse_a, out_b, lse_b))
         raise UnsupportedByKernel(f"{OP}: out must be alike, [..., D], and lse [...]; got {shapes}.")
+    # In fp32 whatever the keys are: this does not speak for the line that a report has of this package.
     return _lse_merge(out_a, lse_a, out_b, lse_b, backend_for(out_a, backend).backend)
 
 
@@ -217,7 +219,9 @@ def block_merge(
         ``[B, Hq, b, D]`` in the dtype of ``q``; 0 for a row that sees nothing.
     """
     _check_heads(q, k_block)
-    return _block_merge(q, k_block, v_block, prefix_out, prefix_lse, scale, mask, backend_for(k_block, backend).backend)
+    return _block_merge(
+        q, k_block, v_block, prefix_out, prefix_lse, scale, mask, take(OP, backend_for(k_block, backend))
+    )
 
 
 def active_topk(

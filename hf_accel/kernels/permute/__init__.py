@@ -25,6 +25,7 @@ _SORT_LIMITS = TritonLimits(dtypes=(torch.int32,))
 
 def backend_for(tensor: torch.Tensor, backend: str = "auto") -> Choice:
     """What would run for ``tensor``: int32 labels ``[..., N]`` (the sort) or rows ``[B, H, S, D]``."""
+    # Not told to a log: whoever moves rows reports the kernel that it moves them for, and all backends move alike.
     if tensor.dtype == torch.int32:
         return choose("sort_by_label", tensor, _SORT_LIMITS, backend, head_dim=1)
     return choose("gather_rows", tensor, _ROW_LIMITS, backend)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.kernels.common import checks
-from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose, take
 from hf_accel.kernels.quantized_linear.layout import Packed, check_packed
 
 __all__ = ["MOST_FUSED_TOKENS", "Packed", "backend_for", "check_packed", "dequantize_packed", "quantized_linear"]
@@ -115,9 +115,9 @@ def _quantized_linear(
 ) -> torch.Tensor:
     """``[T, n]`` -> ``[T, m]``."""
     packed = Packed(qweight, scales, qzeros, g_idx, bits, group_size)
-    chosen = backend_for(x, backend).backend
+    chosen = take("quantized_linear", backend_for(x, backend))
     if x.shape[0] > MOST_FUSED_TOKENS[chosen]:
-        weight = _dequantize(qweight, scales, qzeros, g_idx, bits, group_size, x.dtype, backend)
+        weight = _weight(packed, x.dtype, chosen)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if chosen == "triton":
         from hf_accel.kernels.quantized_linear import triton
@@ -167,10 +167,17 @@ def _dequantize(
     backend: str,
 ) -> torch.Tensor:
     packed = Packed(qweight, scales, qzeros, g_idx, bits, group_size)
-    if dtype != torch.float64 and backend_for(scales, backend).backend == "triton":
+    precise = dtype == torch.float64
+    chosen = "torch" if precise else take("dequantize_packed", backend_for(scales, backend))
+    return _weight(packed, dtype, chosen)
+
+
+def _weight(packed: Packed, dtype: torch.dtype, chosen: str) -> torch.Tensor:
+    """``[m, n]`` in ``dtype``, on a backend that was chosen."""
+    if chosen == "triton":
         from hf_accel.kernels.quantized_linear import triton
 
-        with torch.cuda.device_of(scales):
+        with torch.cuda.device_of(packed.scales):
             return triton.dequantize(packed, dtype)
     from hf_accel.kernels.quantized_linear import cpu
 

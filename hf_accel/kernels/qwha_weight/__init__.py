@@ -15,7 +15,7 @@ import torch
 
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.kernels.common import checks
-from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose, take
 from hf_accel.kernels.hadamard import hadamard, resolve_block
 from hf_accel.kernels.quantized_linear import Packed, check_packed
 from hf_accel.kernels.qwha_weight.layout import VALUE_DTYPES, check_coefficients
@@ -161,7 +161,7 @@ def _qwha_weight(
     if qweight is not None and scales is not None and qzeros is not None and g_idx is not None:
         packed = Packed(qweight, scales, qzeros, g_idx, bits, group_size)
     precise = torch.float64 in (dtype, None if base is None else base.dtype)
-    if not precise and backend_for(values, backend).backend == "triton":
+    if not precise and take("qwha_weight", backend_for(values, backend)) == "triton":
         from hf_accel.kernels.qwha_weight import triton
 
         # Triton launches on the current device, whatever the tensors are on.
@@ -188,7 +188,7 @@ def _qwha_gradient(
     backend: str,
 ) -> torch.Tensor:
     """Gradient ``[m, n]`` of the weight -> that of the values, ``scale / n * H G_i`` at the columns of row i."""
-    if dtype != torch.float64 and backend_for(grad, backend).backend == "triton":
+    if dtype != torch.float64 and take("qwha_weight", backend_for(grad, backend)) == "triton":
         from hf_accel.kernels.qwha_weight import triton
 
         with torch.cuda.device_of(grad):
@@ -229,7 +229,7 @@ def _sparse_product(
     spectrum: torch.Tensor, indptr: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, backend: str
 ) -> torch.Tensor:
     """``spectrum F^T``: ``[T, n]`` -> ``[T, m]``."""
-    if values.dtype != torch.float64 and backend_for(spectrum, backend).backend == "triton":
+    if values.dtype != torch.float64 and take("qwha_activation", backend_for(spectrum, backend)) == "triton":
         from hf_accel.kernels.qwha_weight import triton
 
         with torch.cuda.device_of(spectrum):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.kernels.common import checks
-from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose, take
 
 __all__ = ["EntropyStatistics", "backend_for", "entropy_lse", "normalized_entropy", "soft_embed"]
 
@@ -139,6 +139,7 @@ def soft_embed(
     out_dtype = out_dtype or weight.dtype
     flat_lse = lse.detach().float().reshape(-1)
     if top_k is not None:
+        take(op, Choice("torch", "top_k"))
         return _soft_embed_top(logits, weight, flat_lse, temperature, scale, rows, top_k).to(out_dtype).view(*lead, -1)
     out = _soft_embed(_three_axes(logits), weight, flat_lse, rows, temperature, scale, out_dtype, backend)
     return out.view(*lead, weight.shape[1])
@@ -169,7 +170,7 @@ def _entropy_lse(logits: torch.Tensor, temperature: float, backend: str) -> tupl
     """``[B, S, V]`` -> fp32 ``[3 or 5, B * S]`` (top logit, lse, entropy, and both at a temperature that is not 1)
     and int64 ``[B * S]``."""
     # Chosen in here and not by the caller, whose code torch.compile traces: asking a GPU its name would break it.
-    if backend_for(logits, backend).backend == "triton":
+    if take("entropy_lse", backend_for(logits, backend)) == "triton":
         from hf_accel.kernels.soft_embedding import triton
 
         # Triton launches on the current device, whatever the tensors are on.
@@ -199,7 +200,7 @@ def _soft_embed(
     backend: str,
 ) -> torch.Tensor:
     """``[B, S, V]``, ``[Vw, D]``, ``[B * S]`` -> ``[R, D]``."""
-    if backend_for(logits, backend, weight).backend == "triton":
+    if take("soft_embed", backend_for(logits, backend, weight)) == "triton":
         from hf_accel.kernels.soft_embedding import triton
 
         with torch.cuda.device_of(logits):

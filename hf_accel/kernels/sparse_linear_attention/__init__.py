@@ -8,7 +8,7 @@ from hf_accel.errors import InvalidSetting, UnsupportedByKernel
 from hf_accel.kernels.block_sparse_attention import BLOCK_SIZES, block_sparse_attention
 from hf_accel.kernels.block_sparse_attention.index import index_to_block_map
 from hf_accel.kernels.common import checks
-from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose, take
 from hf_accel.kernels.sparse_linear_attention.feature_map import FEATURE_MAPS
 from hf_accel.kernels.sparse_linear_attention.scope import LINEAR_SCOPES, linear_block_map, shorter_lists
 
@@ -85,7 +85,7 @@ def sparse_linear_attention(
     scale = checks.resolve_scale(OP, scale, query.shape[-1])
     _validate(query, key, value, block_index, block_count, skip_index, skip_count, sizes, key_valid)
     query_block, key_block = sizes
-    chosen = backend_for(query, backend).backend
+    chosen = take(OP, backend_for(query, backend))
     key_blocks = -(-key.shape[2] // key_block)
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if chosen == "triton" and not needs_gradient:

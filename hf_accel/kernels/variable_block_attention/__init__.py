@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_accel.kernels.common import checks
-from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose
+from hf_accel.kernels.common.dispatch import Choice, TritonLimits, choose, take
 
 OP = "variable_block_attention"
 LIMITS = TritonLimits(min_head_dim=1, max_head_dim=256)
@@ -64,7 +64,7 @@ def variable_block_attention(
     """
     _validate(query, key, value, block_map, query_sizes, key_sizes, query_order, key_order)
     scale = checks.resolve_scale(OP, scale, query.shape[-1])
-    chosen = backend_for(query, backend).backend
+    chosen = take(OP, backend_for(query, backend))
     return _variable_block_attention(
         query, key, value, block_map, query_sizes, key_sizes, scale, query_order, key_order, chosen
     )

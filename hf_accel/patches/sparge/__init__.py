@@ -44,9 +44,7 @@ from hf_accel.errors import InvalidSetting
 from hf_accel.facts import Facts
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
-from hf_accel.kernels.block_sparse_attention import backend_for as attention_backend
 from hf_accel.kernels.block_sparse_attention import block_map_to_index, block_sparse_attention
-from hf_accel.kernels.block_summary import backend_for as summary_backend
 from hf_accel.kernels.block_summary import block_summary
 from hf_accel.ledger import Ledger
 from hf_accel.patches.sparge.calibration import Curves, fit, measure
@@ -188,9 +186,6 @@ class Sparge(AttentionMethod):
         tokens = self.tokens(call, plan)
         keep = self.choose(self.predict(tokens, plan), plan, heads)
         out = self.attend_blocks(tokens, keep, heads.margin, self.config.numerics)
-        for op, backend_for in (("block_summary", summary_backend), ("block_sparse_attention", attention_backend)):
-            choice = backend_for(call.query, self.config.backend)
-            call.record_kernel(op, choice.backend, choice.reason)
         call.record_density(self.density(keep, plan, tokens.valid))
         return out if plan.back is None else out.index_select(2, plan.back)
 

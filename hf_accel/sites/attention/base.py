@@ -16,6 +16,7 @@ from hf_accel.config import setting
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
+from hf_accel.kernels.common import kernel_log
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import break_even
@@ -157,7 +158,7 @@ class AttentionRunner:
         trial = replace(call, query=query, key=key, value=value, notes={})
         state = method.new_state()
         tokens = query.shape[2]
-        with torch.no_grad():
+        with torch.no_grad(), kernel_log.logging_to({}):
             ratio = break_even.measure(call.dense, lambda: method.attend(trial, state), device)
         if "fallback" in trial.notes:
             why = f"it runs dense here ({trial.notes['fallback']})"

@@ -25,6 +25,7 @@ import torch
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.hosts.clocks.steps import Clock, read_timestep
 from hf_accel.hosts.denoisers import Denoiser, dims_from_ids, level_of
+from hf_accel.kernels.common import kernel_log
 from hf_accel.sites.attention.statistics import AttentionStatistics
 
 
@@ -234,7 +235,8 @@ class AttentionSeam:
             item,
             self.order,
         )
-        with self.run.stopwatch.section(query.device) if self.timed else contextlib.nullcontext():
+        timing = self.run.stopwatch.section(query.device) if self.timed else contextlib.nullcontext()
+        with timing, kernel_log.logging_to(call.notes.setdefault("kernels", {})):
             if needs_grad and not self.core.differentiable:
                 out = call.fallback("gradients are needed and the method has no backward")
             else:

@@ -15,6 +15,7 @@ import torch
 from hf_accel.base import Method
 from hf_accel.hosts.clocks.steps import Clock
 from hf_accel.hosts.target import Model
+from hf_accel.kernels.common.dispatch import Choice
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.embedding import residual, self_conditioning
@@ -61,11 +62,15 @@ class ResidualMethod(EmbeddingMethod):
 
 
 class SoftEmbeddingMethod(EmbeddingMethod):
-    """A method that computes the expected embedding of a model that conditions on its last prediction: :meth:`embed`."""
+    """A method that computes the expected embedding where a model conditions on its last prediction: :meth:`embed`."""
 
     @abstractmethod
     def embed(self, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``softmax(logits) @ weight``: ``[B, S, V]`` and ``[V, D]`` -> ``[B, S, D]`` in ``weight``'s dtype."""
+
+    @abstractmethod
+    def choice(self, weight: torch.Tensor) -> Choice:
+        """Which kernels run for embeddings ``[V, D]``, and why: in a compiled model none of ours is called by name."""
 
     @classmethod
     def why_not(cls, model: Model) -> str | None:

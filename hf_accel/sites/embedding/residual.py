@@ -23,6 +23,7 @@ from hf_accel.hosts.block_families import FULL, arguments_of, family_of, mask_to
 from hf_accel.hosts.clocks.block_steps import BlockClock, BlockStep
 from hf_accel.hosts.patching.eager import run_eagerly
 from hf_accel.hosts.target import Model, kind
+from hf_accel.kernels.common import kernel_log
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
 from hf_accel.sites.embedding.start import NO_LOGITS, Start, logit_shift_of, logits_of, rows_at
@@ -173,7 +174,8 @@ class ResidualSeam:
         self._mixing = True  # the table may ask the module too
         try:
             table = embedding_table(embedding, rows.shape[-1], ids.device)
-            mixed, weights = self.core.mix(flat[places], rows, table)
+            with kernel_log.logging_to(self.run.kernels):
+                mixed, weights = self.core.mix(flat[places], rows, table)
         finally:
             self._mixing = False
         self.run.record(weights)

@@ -21,6 +21,7 @@ import torch
 from hf_accel.errors import NothingPatched
 from hf_accel.hosts.patching.forward_override import override_forward
 from hf_accel.hosts.target import Model, kind
+from hf_accel.kernels.common import kernel_log
 from hf_accel.kernels.common.dispatch import Choice
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
@@ -39,7 +40,7 @@ class SoftEmbedder(Protocol):
         """``softmax(logits) @ weight``: ``[B, S, V]`` and ``[V, D]`` -> ``[B, S, D]`` in ``weight``'s dtype."""
 
     def choice(self, weight: torch.Tensor) -> Choice:
-        """Which implementation runs on ``weight``, and why."""
+        """Which implementation would run on ``weight``, and why. Asked in compiled models, where no log can be open."""
 
 
 def why_not(module: torch.nn.Module) -> str | None:
@@ -120,7 +121,7 @@ class SelfConditioningSeam:
         twin._adopt_key()
         return twin
 
-    def record(self, tokens: torch.Tensor, weight: torch.Tensor, verdict: str) -> None:
+    def record(self, tokens: torch.Tensor, verdict: str) -> None:
         """Count one forward over ``tokens`` ``[B, S]``; ``verdict`` as :func:`_verdict` gives it."""
         run = self.run
         run.forwards += 1
@@ -131,8 +132,13 @@ class SelfConditioningSeam:
         else:
             run.calls += 1
             run.rows += tokens.numel()
-            choice = self.core.choice(weight)
-            run.kernels["soft_embed"] = choice.backend, choice.reason
+
+    def embed(self, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What the core embeds, ``[B, S, V]`` and ``[V, D]`` -> ``[B, S, D]``; the kernels that ran are noted."""
+        if torch.compiler.is_compiling():
+            return self.core.embed(logits, weight)
+        with kernel_log.logging_to(self.run.kernels):
+            return self.core.embed(logits, weight)
 
 
 EMBED, FIRST = "embed", "first step"
@@ -167,27 +173,27 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             tokens, weight, verdict, context.key
         )
     else:
-        context.record(tokens, weight, verdict)
+        context.record(tokens, verdict)
     if logits is not None and verdict == EMBED:
-        arguments["self_conditioning_logits"] = PendingLogits(logits, context.core)
+        arguments["self_conditioning_logits"] = PendingLogits(logits, context)
     return type(self).forward(self, **arguments)
 
 
 class PendingLogits:
     """Logits that can do one thing, as the decoder writes it: ``softmax(dim=-1, dtype=torch.float32)``."""
 
-    def __init__(self, logits: torch.Tensor, core: SoftEmbedder):
-        self.logits, self.core = logits, core
+    def __init__(self, logits: torch.Tensor, context: SelfConditioningSeam):
+        self.logits, self.context = logits, context
 
     def softmax(self, dim: int, dtype: torch.dtype) -> PendingProbabilities:
-        return PendingProbabilities(self.logits, self.core)
+        return PendingProbabilities(self.logits, self.context)
 
 
 class PendingProbabilities:
     """Probabilities of which nothing but their product with the embeddings will be made."""
 
-    def __init__(self, logits: torch.Tensor, core: SoftEmbedder):
-        self.logits, self.core = logits, core
+    def __init__(self, logits: torch.Tensor, context: SelfConditioningSeam):
+        self.logits, self.context = logits, context
 
     def to(self, dtype: torch.dtype) -> PendingProbabilities:
         return self  # the embeddings' dtype, to which the core rounds by itself
@@ -197,7 +203,7 @@ class PendingProbabilities:
         if func is not torch.matmul or kwargs or not isinstance(args[0], cls):
             return NotImplemented
         pending, weight = args
-        return pending.core.embed(pending.logits, weight)
+        return pending.context.embed(pending.logits, weight)
 
 
 @torch.library.custom_op("hf_accel::count_self_conditioning", mutates_args=())
@@ -205,7 +211,11 @@ def _count(tokens: torch.Tensor, weight: torch.Tensor, verdict: str, key: int) -
     """Tell context ``key`` of a compiled forward. Returns a copy of ``tokens``, so that the forward depends on it."""
     context = _CONTEXTS.get(key)
     if context is not None:
-        context.record(tokens, weight, verdict)
+        context.record(tokens, verdict)
+        if verdict == EMBED:
+            # The product runs inside the graph, where no log can be opened around it.
+            choice = context.core.choice(weight)
+            context.run.kernels["soft_embed"] = choice.backend, choice.reason
     return tokens.clone()
 
 

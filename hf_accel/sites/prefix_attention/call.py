@@ -63,5 +63,5 @@ class PrefixCall:
         return self.dense()
 
     def record_kernel(self, op: str, backend: str, reason: str) -> None:
-        """Note which implementation of ``op`` ran and why."""
+        """Note which implementation of ``op`` ran and why. Kernels of ``hf_accel.kernels`` are noted by themselves."""
         self.notes.setdefault("kernels", {})[op] = (backend, reason)

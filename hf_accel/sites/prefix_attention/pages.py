@@ -15,7 +15,6 @@ import torch
 
 from hf_accel.kernels.paged_attention import (
     PageList,
-    backend_for,
     page_attention,
     page_minmax_into,
     page_score,
@@ -125,7 +124,6 @@ class PagedPrefix:
         pages = self.choose(call, query)
         if pages is None:
             return self.attend_all(call, query)
-        self._note_kernel(call)
         counts = pages.counts.float()
         visible = call.prefix if call.prefix_valid is None else call.prefix_valid.sum(1, keepdim=True).clamp_min(1)
         call.notes |= {"density": (counts * self.page_size / visible).clamp_max(1).mean(), "pages": counts.mean()}
@@ -134,7 +132,6 @@ class PagedPrefix:
 
     def attend_all(self, call: PrefixCall, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`attend`, to the whole prefix."""
-        self._note_kernel(call)
         call.notes |= {"density": 1.0, "pages": float(-(-call.prefix // self.page_size))}
         return prefix_attention(call, query, self.backend)
 
@@ -160,10 +157,6 @@ class PagedPrefix:
             kept.bound(key, call.prefix_valid, self.backend)
             self._current.add(layer)
         return kept
-
-    def _note_kernel(self, call: PrefixCall) -> None:
-        choice = backend_for(call.prefix_key, self.backend)
-        call.record_kernel("paged_attention", choice.backend, choice.reason)
 
 
 def _alike(bounds: torch.Tensor, key: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from hf_accel.attention.call import Layer
 from hf_accel.hosts.block_families import Reader
 from hf_accel.hosts.clocks.block_steps import BlockClock, BlockEndHook, BlockHook
 from hf_accel.hosts.patching.eager import run_eagerly
+from hf_accel.kernels.common import kernel_log
 from hf_accel.sites.prefix_attention.call import PrefixCall
 from hf_accel.sites.prefix_attention.masks import MaskMemo, SplitMask
 from hf_accel.sites.prefix_attention.statistics import PrefixAttentionStatistics
@@ -71,7 +72,8 @@ class PrefixSeam:
         if self._block != (step.generation, step.block):
             self._block = step.generation, step.block
             self.core.reset()
-        with self.run.stopwatch.section(call.query.device) if self.timed else contextlib.nullcontext():
+        timing = self.run.stopwatch.section(call.query.device) if self.timed else contextlib.nullcontext()
+        with timing, kernel_log.logging_to(call.notes.setdefault("kernels", {})):
             out = self.core.attend(call)
         self.run.record(call.layer.index, step.index, call.notes)
         return out
