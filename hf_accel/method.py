@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from hf_accel.base import Given, Method
     from hf_accel.composition import apart, conflict
     from hf_accel.facts import SITES, Facts, Need, Site
+    from hf_accel.sites.adapter.base import AdapterMethod
     from hf_accel.sites.attention.base import AttentionMethod, AttentionRunner, SparseAttentionConfig
+    from hf_accel.sites.embedding.base import EmbeddingMethod, ResidualMethod, SoftEmbeddingMethod
+    from hf_accel.sites.kv_cache.base import CodecMethod, KVCacheMethod, PolicyMethod, PrefixCacheMethod
+    from hf_accel.sites.linear.base import LinearMethod
     from hf_accel.sites.prefix_attention.base import PrefixAttentionConfig, PrefixAttentionMethod
     from hf_accel.sites.step_cache.base import StepCacheMethod
 
@@ -19,6 +23,10 @@ _HOMES = {
     "base": ("Given", "Method"),
     "composition": ("apart", "conflict"),
     "facts": ("SITES", "Facts", "Need", "Site"),
+    "sites.adapter.base": ("AdapterMethod",),
+    "sites.embedding.base": ("EmbeddingMethod", "ResidualMethod", "SoftEmbeddingMethod"),
+    "sites.kv_cache.base": ("CodecMethod", "KVCacheMethod", "PolicyMethod", "PrefixCacheMethod"),
+    "sites.linear.base": ("LinearMethod",),
     "sites.attention.base": ("AttentionMethod", "AttentionRunner", "SparseAttentionConfig"),
     "sites.prefix_attention.base": ("PrefixAttentionConfig", "PrefixAttentionMethod"),
     "sites.step_cache.base": ("StepCacheMethod",),
@@ -26,8 +34,10 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "SITES", "AttentionMethod", "AttentionRunner", "Facts", "Given", "Method", "Need", "PrefixAttentionConfig",
-    "PrefixAttentionMethod", "Site", "SparseAttentionConfig", "StepCacheMethod", "apart", "conflict",
+    "SITES", "AdapterMethod", "AttentionMethod", "AttentionRunner", "CodecMethod", "EmbeddingMethod", "Facts", "Given",
+    "KVCacheMethod", "LinearMethod", "Method", "Need", "PolicyMethod", "PrefixAttentionConfig", "PrefixAttentionMethod",
+    "PrefixCacheMethod", "ResidualMethod", "Site", "SoftEmbeddingMethod", "SparseAttentionConfig", "StepCacheMethod",
+    "apart", "conflict",
 ]  # fmt: skip
 
 

@@ -32,7 +32,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -41,10 +40,10 @@ import torch
 from hf_accel.base import Method
 from hf_accel.checkpoints.gptq.declare import declare
 from hf_accel.config import Config, setting
-from hf_accel.errors import InvalidSetting, NothingPatched, QuantizationError
+from hf_accel.errors import InvalidSetting, QuantizationError
 from hf_accel.facts import HOSTS, HOSTS_OF, Facts
 from hf_accel.hosts.clocks.steps import Clock
-from hf_accel.hosts.target import Model, is_a, kind
+from hf_accel.hosts.target import Model, is_a
 from hf_accel.kernels.quantized_linear import backend_for
 from hf_accel.ledger import Ledger
 from hf_accel.quant import coordinate_descent
@@ -56,15 +55,14 @@ from hf_accel.quant.packed_linear import PackedLinear, why_not_packable
 from hf_accel.quant.packing import PACKED_BITS
 from hf_accel.quant.quality import relative_error
 from hf_accel.registry import register
-from hf_accel.report import MethodReport, Patched, Skipped
+from hf_accel.report import MethodReport
+from hf_accel.sites.linear.base import LinearMethod
 from hf_accel.sites.linear.originals import drop, offload, settle
-from hf_accel.sites.linear.places import LinearSite, convolutions, replace, survey, why_irreplaceable
+from hf_accel.sites.linear.places import LinearSite, replace, why_irreplaceable
 from hf_accel.sites.linear.samples import calibration_from
 from hf_accel.sites.linear.statistics import LayerRecord, QuantizationStatistics
 from hf_accel.sites.linear.store import LayerStore, describe_run
 from hf_accel.sites.linear.stream import Gathered, LayerStream, Unit
-
-_CONVOLUTION = "a convolution: the packed layout is for linears"
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ class GPTQConfig(Config):
 
 
 @register
-class GPTQ(Method):
+class GPTQ(LinearMethod):
     """Packed linears in the place of dense ones; see the module's docstring."""
 
     name = "gptq"
@@ -137,6 +135,8 @@ class GPTQ(Method):
     Config = GPTQConfig
     config: GPTQConfig
     inputs = ("calibration", "tokenizer", "device", "resume_dir")
+    verb = "quantised"
+    no_convolutions = "a convolution: the packed layout is for linears"
 
     def __init__(self, config: GPTQConfig):
         super().__init__(config)
@@ -144,32 +144,37 @@ class GPTQ(Method):
         self._replaces = False
 
     @classmethod
-    def why_not(cls, model: Model) -> str | None:
-        what = kind(model.module)
-        if what == "autoencoder":
-            return "an autoencoder, whose weights are convolutions"
-        sites, skipped = survey(model.module)
-        if any(_why_not_packed(site) is None for site in sites):
-            return None
-        reasons = Counter([_why_not_packed(site) for site in sites] + list(skipped.values()))
-        reasons.update([_CONVOLUTION] * len(convolutions(model.module)))
-        told = "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
-        return f"a {what} without linears that could be quantised{f' ({told})' if told else ''}"
+    def why_not_linear(cls, site: LinearSite) -> str | None:
+        if site.kind == "packed":
+            return "packed already: quantise the full model, not what was quantised"
+        return why_irreplaceable(site) or why_not_packable(site.in_features, site.out_features)
+
+    def kind_in_words(self, site: LinearSite) -> str:
+        return f"{self.config.bits}-bit {site.role} linear"
+
+    def replacement(self, site: LinearSite) -> PackedLinear:
+        """The linear rounded to nearest, for which nothing but its weight is needed."""
+        return self._pack([site], None, "")[site.name]
 
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> QuantizationStatistics:
-        config = self.config
-        if config.rounding == "gptq" and self.given.get("calibration") is None:
+        if self.config.rounding == "gptq" and self.given.get("calibration") is None:
             raise InvalidSetting(
                 self.name, "calibration", None, "texts (with tokenizer=), token ids, forwards or a function that runs "
                 "the model; or say rounding='nearest', which needs none",
             )  # fmt: skip
-        sites = self._sites(model, report)
+        return super().install(model, ledger, report, clock)
+
+    def replace_all(
+        self, model: Model, sites: list[LinearSite], ledger: Ledger, report: MethodReport
+    ) -> QuantizationStatistics:
+        config = self.config
+        self._check(sites)
         if any(is_a(site.parent, "peft.tuners.tuners_utils", "BaseTunerLayer") for site in sites):
             import hf_accel.sites.adapter.peft  # noqa: F401  (peft's layers learn where packed linears have their weight)
         try:
             if config.rounding == "nearest":
                 for site in sites:
-                    self._pack([site], None, "", ledger)
+                    replace(site, self.replacement(site), ledger)
                     self._finished([site], ledger)
             else:
                 self._calibrated(model, sites, ledger, report)
@@ -184,7 +189,6 @@ class GPTQ(Method):
             raise
         places = {site.name: i for i, site in enumerate(sites)}
         self.run.layers.sort(key=lambda layer: places[layer.name])
-        report.patched += [Patched(model.name, site.name, f"{config.bits}-bit {site.role} linear") for site in sites]
         report.run = self.run
         self._declare(model, ledger)
         if config.original == "offload":
@@ -211,23 +215,7 @@ class GPTQ(Method):
 
     # -- which linears -------------------------------------------------------------------------------------------
 
-    def _sites(self, model: Model, report: MethodReport) -> list[LinearSite]:
-        """The linears to quantise; those that cannot be go into the report."""
-        found, skipped = survey(model.module, self.config.targets, self.config.exclude)
-        reasons = dict(skipped)
-        if self.config.targets is None:
-            reasons |= dict.fromkeys(convolutions(model.module), _CONVOLUTION)
-        sites = []
-        for site in found:
-            reason = _why_not_packed(site)
-            if reason is None:
-                sites.append(site)
-            else:
-                reasons[site.name] = reason
-        report.skipped += [Skipped(model.name, name, reason) for name, reason in reasons.items()]
-        if not sites:
-            told = "; ".join(f"{n} x {reason}" for reason, n in Counter(reasons.values()).items()) or "there are none"
-            raise NothingPatched(f"gptq looked for linears in {model.class_name} and can quantise none: {told}.")
+    def _check(self, sites: Sequence[LinearSite]) -> None:
         self._check_group_size(sites)
         for site in sites:
             bad = int((~torch.isfinite(site.weight)).sum())
@@ -236,7 +224,6 @@ class GPTQ(Method):
                     f"gptq: {bad} weights of {site.name} are NaN or infinite. Load the model again, in bfloat16 or "
                     "float32 if it is in float16."
                 )
-        return sites
 
     def _check_group_size(self, sites: Sequence[LinearSite]) -> None:
         group = self.config.group_size
@@ -301,15 +288,15 @@ class GPTQ(Method):
             by_dtype.setdefault(site.weight.dtype, []).append(site)
         out: dict[str, PackedLinear] = {}
         for sites in by_dtype.values():
-            out |= self._pack(
-                sites, gathered, "" if gathered.gram.tokens else "no calibration token reached it", ledger
-            )
+            out |= self._pack(sites, gathered, "" if gathered.gram.tokens else "no calibration token reached it")
+        for site in gathered.sites:
+            replace(site, out[site.name], ledger)
         return out
 
     def _pack(
-        self, sites: Sequence[LinearSite], gathered: Gathered | None, why_nearest: str, ledger: Ledger
+        self, sites: Sequence[LinearSite], gathered: Gathered | None, why_nearest: str
     ) -> dict[str, PackedLinear]:
-        """Round linears of one dtype and one input, put packed ones in their places, and record how that went."""
+        """Linears of one dtype and one input, rounded and packed; how that went is recorded."""
         config, scheme = self.config, self.config.scheme
         gram = gathered.gram.matrix() if gathered is not None and gathered.gram.tokens else None
         device = sites[0].weight.device if gram is None else gram.device
@@ -339,7 +326,7 @@ class GPTQ(Method):
             if lost is not None and whole is not None and gathered is not None:
                 record.tokens = gathered.gram.tokens
                 record.output_error = math.sqrt(max(float(lost[rows].sum() / whole[rows].sum()), 0.0))
-            self._put(site, packed, record, ledger)
+            self._record(packed, record)
             out[site.name] = packed
         return out
 
@@ -369,8 +356,7 @@ class GPTQ(Method):
         )  # fmt: skip
         return dataclasses.replace(solution, codes=codes)
 
-    def _put(self, site: LinearSite, packed: PackedLinear, record: LayerRecord, ledger: Ledger) -> None:
-        replace(site, packed, ledger)
+    def _record(self, packed: PackedLinear, record: LayerRecord) -> None:
         self.run.count(packed)
         self.run.layers.append(record)
         if self.run.kernel is None:
@@ -391,14 +377,8 @@ class GPTQ(Method):
                 site.weight.dtype,
             )  # fmt: skip
             packed.load_state_dict({key: tensors[f"{site.name}.{key}"] for key in packed.state_dict()})
-            self._put(site, packed, records[site.name], ledger)
-
-
-def _why_not_packed(site: LinearSite) -> str | None:
-    """Why a linear stays as it is, in words."""
-    if site.kind == "packed":
-        return "packed already: quantise the full model, not what was quantised"
-    return why_irreplaceable(site) or why_not_packable(site.in_features, site.out_features)
+            replace(site, packed, ledger)
+            self._record(packed, records[site.name])
 
 
 def _on(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

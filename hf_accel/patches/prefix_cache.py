@@ -35,20 +35,14 @@ Decisions of ours:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from hf_accel.base import Method
 from hf_accel.config import Config, setting
 from hf_accel.facts import Facts
 from hf_accel.hosts.block_families import LLADA2
-from hf_accel.hosts.clocks.steps import Clock
-from hf_accel.hosts.target import Model
-from hf_accel.ledger import Ledger
 from hf_accel.registry import register
-from hf_accel.report import MethodReport
-from hf_accel.sites.kv_cache import llada2 as host
+from hf_accel.sites.kv_cache.base import PrefixCacheMethod
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -68,7 +62,7 @@ class PrefixCacheConfig(Config):
 
 
 @register
-class PrefixCache(Method):
+class PrefixCache(PrefixCacheMethod):
     """K/V of finished blocks are kept where that changes nothing; see the module's docstring."""
 
     name = "prefix-cache"
@@ -84,13 +78,6 @@ class PrefixCache(Method):
     )
     Config = PrefixCacheConfig
     config: PrefixCacheConfig
-
-    @classmethod
-    def why_not(cls, model: Model) -> str | None:
-        return host.why_not(model.module)
-
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
-        return host.install(model, self, ledger, report)
 
     def difference(self, native: torch.Tensor, cached: torch.Tensor, dtype: torch.dtype) -> str | None:
         limit = (

@@ -341,15 +341,15 @@ def test_dropped_weights_go_as_soon_as_they_are_packed(monkeypatch, settings):
 
 def stop_at(monkeypatch, number):
     """Ctrl-C while layer ``number`` is being put in its place."""
-    put, calls = GPTQ._put, []
+    record, calls = GPTQ._record, []
 
     def some(self, *args):
         calls.append(args)
         if len(calls) == number + 1:
             raise KeyboardInterrupt
-        put(self, *args)
+        record(self, *args)
 
-    monkeypatch.setattr(GPTQ, "_put", some)
+    monkeypatch.setattr(GPTQ, "_record", some)
 
 
 @pytest.mark.parametrize("settings", [{}, {"true_sequential": True, "act_order": True}], ids=str)
@@ -393,15 +393,15 @@ def test_a_drop_that_fails_brings_back_the_run_that_it_was_to_replace(monkeypatc
     model = llama()
     first = quantised(model, bits=4)
     ours = logits(model)
-    put, calls = GPTQ._put, []
+    record, calls = GPTQ._record, []
 
     def fails_once(self, *args):
         calls.append(args)
         if len(calls) == 7 + 3:
             raise RuntimeError("out of memory")
-        put(self, *args)
+        record(self, *args)
 
-    monkeypatch.setattr(GPTQ, "_put", fails_once)
+    monkeypatch.setattr(GPTQ, "_record", fails_once)
     with pytest.raises(RuntimeError, match="out of memory"):
         quantised(model, bits=2, original="drop")
     assert torch.equal(logits(model), ours)

@@ -31,12 +31,12 @@ Decisions:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from hf_accel.base import Method
 from hf_accel.config import Config, setting
 from hf_accel.errors import InvalidSetting
 from hf_accel.facts import HOSTS, HOSTS_OF, Facts
@@ -56,14 +56,15 @@ from hf_accel.patches.qwha.correction import (
 from hf_accel.patches.qwha.start import LayerStart, initialize_qwha
 from hf_accel.registry import register
 from hf_accel.report import MethodReport, Patched
-from hf_accel.sites.linear.places import find_linears
+from hf_accel.sites.adapter.base import AdapterMethod, Place
+from hf_accel.sites.linear.places import LinearSite, find_linears
 
 if TYPE_CHECKING:
-    from hf_accel.sites.adapter.peft import QWHALinear
+    from hf_accel.sites.adapter.peft import QWHAConfig, QWHALinear
 
 
 @dataclass(frozen=True)
-class QWHAConfig(Config):
+class QWHASettings(Config):
     """Settings of ``apply(model, "qwha")``: those of the adapter, and those of its start."""
 
     METHOD = "qwha"
@@ -84,40 +85,26 @@ class QWHAConfig(Config):
     progress: bool = setting(True, "a bar, if tqdm is installed")
 
 
-@dataclass
-class FrozenChange:
-    """Parameters that were trainable, and are not while the adapter stands."""
-
-    parameters: list[torch.nn.Parameter]
-
-    def blocked(self) -> str | None:
-        return None
-
-    def undo(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-
-    def redo(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-
 @register
-class QWHA(Method):
+class QWHA(AdapterMethod):
     """Adapters on the packed linears of a model, begun as the repair of their rounding; see the module's docstring."""
 
     name = "qwha"
     paper = "QWHA: Quantization-Aware Walsh-Hadamard Adaptation, arXiv 2509.17428"
     summary = "sparse Walsh-Hadamard adapters that begin by repairing a quantised model"
     facts = Facts(site="adapter", media=frozenset(HOSTS_OF), hosts=HOSTS, backward=True)
-    Config = QWHAConfig
-    config: QWHAConfig
+    Config = QWHASettings
+    config: QWHASettings
     inputs = ("calibration", "tokenizer", "reference")
     stands_on = frozenset({"gptq"})
 
-    def __init__(self, config: QWHAConfig):
+    def __init__(self, config: QWHASettings):
         super().__init__(config)
         self._layers: dict[str, QWHALinear] = {}
+
+    @classmethod
+    def places(cls, module: torch.nn.Module) -> list[LinearSite]:
+        return [site for site in find_linears(module) if site.kind == "packed"]
 
     @classmethod
     def why_not(cls, model: Model) -> str | None:
@@ -126,45 +113,46 @@ class QWHA(Method):
                 "it has adapters of peft already; add a QWHA adapter to them with peft, then "
                 "hf_accel.initialize_qwha(model, ...)"
             )
-        if not any(site.kind == "packed" for site in find_linears(model.module)):
+        if not cls.places(model.module):
             return f'a {kind(model.module)} without packed linears to repair; first hf_accel.apply(model, "gptq", ...)'
         return None
 
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> None:
-        from hf_accel.sites.adapter import peft
-
-        config, module = self.config, model.module
         if self.given.get("calibration") is None:
             raise InvalidSetting("qwha", "calibration", None, "texts, token ids or forwards to calibrate on")
-        sites = [site for site in find_linears(module) if site.kind == "packed"]
-        adapter = peft.QWHAConfig(
-            r=config.r, alpha=config.alpha, selection=config.selection, allocation=config.allocation,
-            temperature=config.temperature, strict=config.strict, path=config.path, seed=config.seed,
-            target_modules=[site.name for site in sites],
+        super().install(model, ledger, report, clock)
+
+    def peft_config(self, places: Sequence[Place]) -> QWHAConfig:
+        from hf_accel.sites.adapter.peft import QWHAConfig
+
+        settings = self.config
+        return QWHAConfig(
+            r=settings.r, alpha=settings.alpha, selection=settings.selection, allocation=settings.allocation,
+            temperature=settings.temperature, strict=settings.strict, path=settings.path, seed=settings.seed,
+            target_modules=[place.name for place in places],
         )  # fmt: skip
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        ledger.record(FrozenChange(trained))
-        for site in sites:
-            layer = peft.QWHALinear(site.module, config.adapter, adapter, site.name).train(site.module.training)
-            self._layers[site.name] = layer
-            for place in (site, *site.tied):
-                ledger.set(place.parent, place.attribute, layer)
-        ledger.set(module, "peft_config", {config.adapter: adapter})
-        ledger.set(module, "_hf_peft_config_loaded", True)
+
+    def layer(self, place: Place, config: QWHAConfig) -> QWHALinear:
+        from hf_accel.sites.adapter.peft import QWHALinear
+
+        layer = QWHALinear(place.module, self.adapter, config, place.name)
+        self._layers[place.name] = layer
+        return layer
+
+    def begin(self, model: Model, report: MethodReport) -> None:
+        settings = self.config
         starts = initialize_qwha(
-            module,
+            model.module,
             self.given["calibration"],
             self.given.get("reference"),
             tokenizer=self.given.get("tokenizer"),
-            adapter_name=config.adapter,
-            samples=config.samples,
-            sequence_length=config.sequence_length,
-            refine=config.refine,
-            damping=config.damping,
-            seed=config.seed,
-            progress=config.progress,
+            adapter_name=self.adapter,
+            samples=settings.samples,
+            sequence_length=settings.sequence_length,
+            refine=settings.refine,
+            damping=settings.damping,
+            seed=settings.seed,
+            progress=settings.progress,
         )
         for start in starts:
             told = f"QWHA adapter, {start.coefficients} coefficients"
@@ -194,6 +182,6 @@ def repairs_in_words(starts: list[LayerStart]) -> list[str]:
 
 
 __all__ = [
-    "QWHA", "Correction", "Fit", "LayerStart", "QWHAConfig", "allocate", "fit", "initialize_qwha", "select",
+    "QWHA", "Correction", "Fit", "LayerStart", "QWHASettings", "allocate", "fit", "initialize_qwha", "select",
     "sparse_correction", "spectral_gram",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
-"""What a prefix cache did since it was applied."""
+"""What methods on the K/V cache did since they were applied."""
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,4 +51,52 @@ class KVCacheStatistics:
             f"  kept      {self.kept_bytes} bytes at most",
         ]
         lines += [f"  prefill   {n} x {reason}" for reason, n in self.prefills.most_common()]
+        return lines + [f"  dense     {n} x {reason}" for reason, n in self.dense_calls.most_common()]
+
+
+@dataclass
+class CacheStatistics:
+    """What the codec or policy of a K/V cache did since it was applied.
+
+    Attributes:
+        caches: fresh caches that were taken.
+        plain_layers: layers of theirs that stayed as they were, by class.
+        dense_calls: forwards in which the method had no say, by reason.
+    """
+
+    forwards: int = 0
+    caches: int = 0
+    plain_layers: Counter[str] = field(default_factory=Counter)
+    dense_calls: Counter[str] = field(default_factory=Counter)
+    _last: Any = None  # a weak reference: statistics keep no cache alive
+
+    def follow(self, cache: Any) -> None:
+        """Bytes are told of this cache from now on."""
+        self._last = weakref.ref(cache)
+
+    def __deepcopy__(self, memo: dict) -> CacheStatistics:
+        return CacheStatistics(self.forwards, self.caches, Counter(self.plain_layers), Counter(self.dense_calls))
+
+    def _bytes(self) -> tuple[int, int]:
+        cache = self._last() if self._last is not None else None
+        layers = [layer for layer in cache.layers if hasattr(layer, "plain_nbytes")] if cache is not None else []
+        return sum(layer.nbytes for layer in layers), sum(layer.plain_nbytes for layer in layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        held, plain = self._bytes()
+        return {
+            "forwards": self.forwards,
+            "caches": self.caches,
+            "plain_layers": dict(self.plain_layers),
+            "dense_calls": dict(self.dense_calls),
+            "held_bytes": held,
+            "plain_bytes": plain,
+        }
+
+    def lines(self, method: str) -> list[str]:
+        """What ran, for the printed report."""
+        held, plain = self._bytes()
+        share = f"; the last holds {held} bytes, {held / plain:.3f} of a plain cache" if plain else ""
+        lines = [f"  ran       {self.forwards} forwards with {self.caches} caches by {method}{share}"]
+        lines += [f"  plain     {n} x {layer}" for layer, n in self.plain_layers.most_common()]
         return lines + [f"  dense     {n} x {reason}" for reason, n in self.dense_calls.most_common()]
