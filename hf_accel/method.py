@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_accel.sites.kv_cache.base import CodecMethod, KVCacheMethod, PolicyMethod, PrefixCacheMethod
     from hf_accel.sites.linear.base import LinearMethod
     from hf_accel.sites.prefix_attention.base import PrefixAttentionConfig, PrefixAttentionMethod
-    from hf_accel.sites.step_cache.base import StepCacheMethod
+    from hf_accel.sites.step_cache.base import OutputCacheMethod, StepCacheMethod
 
 _HOMES = {
     "base": ("Given", "Method"),
@@ -29,13 +29,14 @@ _HOMES = {
     "sites.linear.base": ("LinearMethod",),
     "sites.attention.base": ("AttentionMethod", "AttentionRunner", "SparseAttentionConfig"),
     "sites.prefix_attention.base": ("PrefixAttentionConfig", "PrefixAttentionMethod"),
-    "sites.step_cache.base": ("StepCacheMethod",),
+    "sites.step_cache.base": ("OutputCacheMethod", "StepCacheMethod"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "SITES", "AdapterMethod", "AttentionMethod", "AttentionRunner", "CodecMethod", "EmbeddingMethod", "Facts", "Given",
-    "KVCacheMethod", "LinearMethod", "Method", "Need", "PolicyMethod", "PrefixAttentionConfig", "PrefixAttentionMethod",
+    "KVCacheMethod", "LinearMethod", "Method", "Need",
+    "OutputCacheMethod", "PolicyMethod", "PrefixAttentionConfig", "PrefixAttentionMethod",
     "PrefixCacheMethod", "ResidualMethod", "Site", "SoftEmbeddingMethod", "SparseAttentionConfig", "StepCacheMethod",
     "apart", "conflict",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ from hf_accel.attention.call import Step
 from hf_accel.hosts.clocks.call_end import CallEnd
 from hf_accel.hosts.clocks.steps import Clock, read_timestep
 from hf_accel.hosts.layer_counting import counter_of
-from hf_accel.hosts.patching.forward_override import override_forward
+from hf_accel.hosts.patching.forward_override import override_forward, replaced_forward
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
@@ -101,7 +101,7 @@ def install(model: Model, core: StepCacheCore, ledger: Ledger, report: MethodRep
 
 
 def _foreign_forward(module: Any) -> str | None:
-    own = unet_views.replaced_forward(module)
+    own = replaced_forward(module)
     if own is None or _ATTRIBUTE in module.__dict__ or "_old_forward" in module.__dict__:
         return None
     hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from hf_accel.errors import Conflict
+from hf_accel.hosts.patching.forward_override import replaced_forward
 
 # Lists that advance together, one item per stage.
 _STAGES = ("resnets", "attentions", "motion_modules")
@@ -161,13 +162,6 @@ class UNetViews:
             crossed = getattr(block, "has_cross_attention", False)
             count += entries >= (len(block.resnets) if crossed else _length(block))
         return count
-
-
-def replaced_forward(module: Any) -> Any:
-    """The forward that somebody put on this very module, or None. Libraries leave the bound method of the class behind
-    when they take theirs off; that is none."""
-    own = module.__dict__.get("forward")
-    return None if getattr(own, "__func__", None) is type(module).forward else own
 
 
 def _kept_down(unet: Any, entries: int) -> list[tuple[Any, int]]:
