@@ -257,10 +257,12 @@ def approximate_kernel(
 ):
     """One program per (head, query tile), as the exact forward kernel."""
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    group, batch, head, tile = locate_tile(num_heads, num_query_blocks, QUERY_BLOCK, BLOCK_M)
+    group, tile = locate_tile(num_query_blocks, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
+    batch = group // num_heads
+    head = group % num_heads
     key_head = head // heads_per_key_head
     key_group = batch * (num_heads // heads_per_key_head) + key_head
     Key += batch * stride_kb + key_head * stride_kh

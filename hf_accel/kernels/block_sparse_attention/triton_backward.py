@@ -199,10 +199,12 @@ def grad_query_kernel(
 ):
     """dQ: one program per (head, query tile), which goes through the keys of its row as the forward kernel does."""
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    group, batch, head, tile = locate_tile(num_heads, num_rows, QUERY_BLOCK, BLOCK_M)
+    group, tile = locate_tile(num_rows, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
+    batch = group // num_heads
+    head = group % num_heads
     key_head = head // heads_per_key_head
     Key += batch * stride_kb + key_head * stride_kh
     Value += batch * stride_vb + key_head * stride_vh
@@ -350,9 +352,12 @@ def grad_key_value_kernel(
 ):
     """dK and dV: one program per (key head, key tile), over the query heads of the group and their query blocks."""
     QUERY_TILES: tl.constexpr = QUERY_BLOCK // BLOCK_M
-    _, batch, key_head, tile = locate_tile(num_heads // heads_per_key_head, num_rows, KEY_BLOCK, BLOCK_N)
+    group, tile = locate_tile(num_rows, KEY_BLOCK, BLOCK_N)
     if tile * BLOCK_N >= num_keys:
         return
+    key_heads = num_heads // heads_per_key_head
+    batch = group // key_heads
+    key_head = group % key_heads
     if SAME_STRIDES:
         stride_gs = stride_qs
     key_row = tile * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -16,15 +16,15 @@ from hf_accel.kernels.common.tile import Tile, padded_head_dim, precision
 
 
 @triton.jit
-def locate_tile(num_heads, num_blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Group ``batch * num_heads + head`` (int64), batch, head and tile within the head of this program.
+def locate_tile(num_blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Group ``batch * num_heads + head`` (int64) of this program, and its tile within the group's ``num_blocks``.
 
-    Heads in order, so that programs in flight share K and V in L2. The last tiles of a ragged head are empty.
+    Groups in order, so that programs in flight share K and V in L2. The last tiles of a ragged sequence are empty.
     """
+    # The caller splits the group after it has left for an empty tile: 64-bit divisions are slow.
     tiles = num_blocks * (BLOCK // TILE)
     pid = tl.program_id(0)
-    group = (pid // tiles).to(tl.int64)
-    return group, group // num_heads, group % num_heads, pid % tiles
+    return (pid // tiles).to(tl.int64), pid % tiles
 
 
 @triton.jit

@@ -149,10 +149,12 @@ def grad_query_kernel(
 ):
     """One program per (head, query tile)."""
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    group, batch, head, tile = locate_tile(num_heads, num_query_blocks, QUERY_BLOCK, BLOCK_M)
+    group, tile = locate_tile(num_query_blocks, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
+    batch = group // num_heads
+    head = group % num_heads
     key_head = head // heads_per_key_head
     Query += batch * stride_qb + head * stride_qh
     GradOut += batch * stride_gb + head * stride_gh
@@ -255,10 +257,12 @@ def grad_key_value_kernel(
 ):
     """One program per (key head, key tile); it walks the query heads that read this key head in order."""
     QUERY_TILES: tl.constexpr = QUERY_BLOCK // BLOCK_M
-    _, batch, key_head, tile = locate_tile(num_key_heads, num_key_blocks, KEY_BLOCK, BLOCK_N)
+    group, tile = locate_tile(num_key_blocks, KEY_BLOCK, BLOCK_N)
     first = tile * BLOCK_N
     if first >= num_keys:
         return
+    batch = group // num_key_heads
+    key_head = group % num_key_heads
     num_heads = num_key_heads * heads_per_key_head
     row = first + tl.arange(0, BLOCK_N)
     exists = row < num_keys

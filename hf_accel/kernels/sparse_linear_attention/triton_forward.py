@@ -119,10 +119,12 @@ def linear_forward_kernel(
 ):
     """One program per (head, query tile)."""
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    group, batch, head, tile = locate_tile(num_heads, num_query_blocks, QUERY_BLOCK, BLOCK_M)
+    group, tile = locate_tile(num_query_blocks, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
+    batch = group // num_heads
+    head = group % num_heads
     key_head = head // heads_per_key_head
     Query += batch * stride_qb + head * stride_qh
     Key += batch * stride_kb + key_head * stride_kh

@@ -142,10 +142,12 @@ def fused_forward_kernel(
 ):
     """One program per (head, query tile); heads in order, so that programs in flight share K and V in L2."""
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    _, batch, head, tile = locate_tile(num_heads, num_query_blocks, QUERY_BLOCK, BLOCK_M)
+    group, tile = locate_tile(num_query_blocks, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
+    batch = group // num_heads
+    head = group % num_heads
     key_head = head // heads_per_key_head
     Query += batch * stride_qb + head * stride_qh
     Key += batch * stride_kb + key_head * stride_kh
