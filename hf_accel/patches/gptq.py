@@ -360,6 +360,7 @@ class GPTQ(LinearMethod):
         self.run.count(packed)
         self.run.layers.append(record)
         if self.run.kernel is None:
+            # Asked and not read from a log: the report names the kernel before the first forward.
             choice = backend_for(packed.scales)
             self.run.kernel = choice.backend, choice.reason
 

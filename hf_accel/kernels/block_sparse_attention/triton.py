@@ -6,7 +6,6 @@ pass is in ``triton_backward.py``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +16,19 @@ import triton.language as tl
 from hf_accel.kernels.block_sparse_attention import triton_approximate, triton_backward
 from hf_accel.kernels.block_sparse_attention.index import split_index
 from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.block_list import (
+    block_ahead,
+    find_block,
+    first_block,
+    list_row,
+    list_steps,
+    locate_tile,
+    rows_that_count,
+    tile_constexprs,
+    tile_rows,
+)
 from hf_accel.kernels.common.online_softmax import attend_rows, finish
-from hf_accel.kernels.common.tile import Tile, attention_tiles, compute_capability, key_layout, precision
-
-LOG2_E = math.log2(math.e)
+from hf_accel.kernels.common.tile import LOG2_E, Tile, as_bytes, attention_tiles, compute_capability, key_layout
 
 
 def tile_for(cc: int, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int]) -> Tile:
@@ -75,11 +83,8 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program per (head, query tile); heads in order, so that programs in flight share K and V in L2."""
-    TILES_PER_BLOCK: tl.constexpr = QUERY_BLOCK // BLOCK_M
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    pid = tl.program_id(0)
-    group = (pid // (num_query_blocks * TILES_PER_BLOCK)).to(tl.int64)
-    tile = pid % (num_query_blocks * TILES_PER_BLOCK)
+    group, tile = locate_tile(num_query_blocks, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
@@ -96,7 +101,7 @@ def forward_kernel(
     query_offsets = batch * stride_qb + head * stride_qh + row[:, None].to(tl.int64) * stride_qs + d[None, :]
     query = tl.load(Query + query_offsets, mask=element, other=0.0)
 
-    index_row = batch * index_batch_step + head * index_head_step + tile // TILES_PER_BLOCK
+    index_row = list_row(batch, head, tile, index_batch_step, index_head_step, QUERY_BLOCK, BLOCK_M)
     count = tl.minimum(tl.load(BlockCount + index_row), max_keep)
     BlockIndex += index_row * max_keep
     # Only the last key block can be ragged. It is found first and taken after the others, wherever it
@@ -104,26 +109,18 @@ def forward_kernel(
     ragged = count
     last_full = num_keys // KEY_BLOCK
     if num_keys % KEY_BLOCK != 0 and not CAUSAL:
-        for i in range(0, count, 128):
-            entry = i + tl.arange(0, 128)
-            ids = tl.load(BlockIndex + entry, mask=entry < count, other=0)
-            ragged = tl.minimum(ragged, tl.min(tl.where((ids == last_full) & (entry < count), entry, count), 0))
+        ragged = find_block(BlockIndex, count, last_full)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     column = tl.arange(0, BLOCK_N)
     tiles = (count - (ragged < count).to(tl.int32)) * KEY_TILES
-    # The block id is loaded one tile ahead and carried in a register: loaded where it is used, it would be
-    # one more stage of Triton's load pipeline, and K and V would be waited for as soon as they are asked for.
-    block = tl.load(BlockIndex + (ragged == 0).to(tl.int32), mask=tiles > 0, other=0)
+    block = first_block(BlockIndex, tiles, ragged)
     for t in range(0, tiles):
-        key_row = block * KEY_BLOCK + (t % KEY_TILES) * BLOCK_N + column
-        entry = tl.minimum(t + 1, tiles - 1) // KEY_TILES
-        block = tl.load(BlockIndex + entry + (entry >= ragged).to(tl.int32))
-        counts = key_row
-        if HAS_VALID:
-            counts = tl.load(KeyValid + batch * num_keys + key_row) != 0
+        key_row = tile_rows(block, t, KEY_BLOCK, BLOCK_N)
+        block = block_ahead(BlockIndex, t, tiles, KEY_BLOCK, BLOCK_N, ragged)
+        counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID, True)
         row_max, row_sum, acc = attend_rows(
             query, Key, Value, key_row, counts, row_max, row_sum, acc, stride_ks, stride_vs, scale,
             HAS_VALID, WIDE, D, BLOCK_D, PRECISION,
@@ -135,9 +132,7 @@ def forward_kernel(
             first_key = tl.load(BlockIndex + entry) * KEY_BLOCK
             for first_key_of_tile in range(first_key, tl.minimum(first_key + KEY_BLOCK, end), BLOCK_N):
                 key_row = first_key_of_tile + column
-                counts = key_row < num_keys
-                if HAS_VALID:
-                    counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
+                counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID)
                 row_max, row_sum, acc = attend_rows(
                     query, Key, Value, key_row, counts, row_max, row_sum, acc, stride_ks, stride_vs, scale,
                     True, WIDE, D, BLOCK_D, PRECISION, last_seen, True,
@@ -145,9 +140,7 @@ def forward_kernel(
     if ragged < count:
         for first_key in range(last_full * KEY_BLOCK, num_keys, BLOCK_N):
             key_row = first_key + column
-            counts = key_row < num_keys
-            if HAS_VALID:
-                counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
+            counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID)
             row_max, row_sum, acc = attend_rows(
                 query, Key, Value, key_row, counts, row_max, row_sum, acc, stride_ks, stride_vs, scale,
                 True, WIDE, D, BLOCK_D, PRECISION,
@@ -183,14 +176,14 @@ def launch(
     if causal:
         lengths = (num_queries, key.shape[2])
         block_index, block_count, masked_count = split_index(block_index, block_count, block_size, lengths, causal)
-    index_batch, index_heads, num_query_blocks, max_keep = block_index.shape
+    num_query_blocks, max_keep = block_index.shape[2:]
     grid = (batch * heads * num_query_blocks * (block_size[0] // tile.m),)
     forward_kernel[grid](
         query, key, value, out, lse, block_index.contiguous(), block_count.contiguous(), masked_count,
-        None if key_valid is None else key_valid.contiguous().view(torch.uint8),
+        as_bytes(key_valid),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        index_heads * num_query_blocks * (index_batch > 1), num_query_blocks * (index_heads > 1),
-        heads, heads // key.shape[1], num_queries, key.shape[2], num_query_blocks, max_keep, scale * LOG2_E,
+        *list_steps(block_index), heads, heads // key.shape[1], num_queries, key.shape[2], num_query_blocks, max_keep,
+        scale * LOG2_E,
         **_constexprs(tile, block_size, head_dim, query.dtype, causal, key_valid is not None, *key_layout(key, value)),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
         enable_fp_fusion=True,
@@ -213,13 +206,7 @@ def _constexprs(
         "HAS_VALID": has_valid,
         "SAME_STRIDES": same_strides,
         "WIDE": wide,
-        "QUERY_BLOCK": block_size[0],
-        "KEY_BLOCK": block_size[1],
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "D": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "PRECISION": precision(dtype),
+        **tile_constexprs(tile, block_size, head_dim, dtype),
     }
 
 

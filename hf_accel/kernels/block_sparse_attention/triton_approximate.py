@@ -7,7 +7,6 @@ forward kernel with the roundings of SageAttention2 (arXiv 2411.10958) and the s
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +17,27 @@ import triton.language as tl
 from hf_accel.kernels.block_sparse_attention import quantize
 from hf_accel.kernels.block_sparse_attention.index import split_index
 from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.block_list import (
+    block_ahead,
+    first_block,
+    list_row,
+    list_steps,
+    locate_tile,
+    rows_that_count,
+    tile_constexprs,
+    tile_rows,
+)
 from hf_accel.kernels.common.online_softmax import finish
-from hf_accel.kernels.common.tile import Tile, attention_tiles, compute_capability, key_layout, precision
+from hf_accel.kernels.common.tile import (
+    LOG2_E,
+    Tile,
+    as_bytes,
+    attention_tiles,
+    compute_capability,
+    key_layout,
+    padded_head_dim,
+)
 
-LOG2_E = math.log2(math.e)
 UNSPECIALIZED = ["num_heads", "num_queries", "num_keys", "num_query_blocks", "max_keep", "scale", "threshold"]
 
 
@@ -240,11 +256,8 @@ def approximate_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program per (head, query tile), as the exact forward kernel."""
-    TILES_PER_BLOCK: tl.constexpr = QUERY_BLOCK // BLOCK_M
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    pid = tl.program_id(0)
-    group = (pid // (num_query_blocks * TILES_PER_BLOCK)).to(tl.int64)
-    tile = pid % (num_query_blocks * TILES_PER_BLOCK)
+    group, tile = locate_tile(num_query_blocks, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
@@ -262,12 +275,12 @@ def approximate_kernel(
     factor_of_row = scale
     if INT8:
         query = tl.load(query_pointers)
-        factor_of_row = scale * tl.load(QueryScale + group * num_query_blocks + tile // TILES_PER_BLOCK)
+        factor_of_row = scale * tl.load(QueryScale + group * num_query_blocks + first // QUERY_BLOCK)
     else:
         query = tl.load(query_pointers, mask=inside[:, None] & (d[None, :] < D), other=0.0)
     last_seen = row + num_keys - num_queries
 
-    index_row = batch * index_batch_step + head * index_head_step + tile // TILES_PER_BLOCK
+    index_row = list_row(batch, head, tile, index_batch_step, index_head_step, QUERY_BLOCK, BLOCK_M)
     plain = tl.load(PlainCount + index_row)
     masked = tl.load(MaskedCount + index_row)
     BlockIndex += index_row * max_keep
@@ -276,18 +289,16 @@ def approximate_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     column = tl.arange(0, BLOCK_N)
     tiles = plain * KEY_TILES
-    block = tl.load(BlockIndex, mask=tiles > 0, other=0)
+    block = first_block(BlockIndex, tiles)
     for t in range(0, tiles):
-        key_row = block * KEY_BLOCK + (t % KEY_TILES) * BLOCK_N + column
+        key_row = tile_rows(block, t, KEY_BLOCK, BLOCK_N)
         if WIDE:
             key_row = key_row.to(tl.int64)
         factor = factor_of_row
         if INT8:
             factor = factor_of_row * tl.load(KeyScale + key_group * num_key_blocks + block)
-        block = tl.load(BlockIndex + tl.minimum(t + 1, tiles - 1) // KEY_TILES)
-        counts = key_row
-        if HAS_VALID:
-            counts = tl.load(KeyValid + batch * num_keys + key_row) != 0
+        block = block_ahead(BlockIndex, t, tiles, KEY_BLOCK, BLOCK_N)
+        counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID, True)
         row_max, row_sum, acc = _attend_tile(
             query, inside, Key, Value, key_row, counts, last_seen, factor, threshold, row_max, row_sum, acc,
             stride_ks, stride_vs, HAS_VALID, False, INT8, SKIP, WEIGHT_SHIFT, IMPRECISE, D, BLOCK_D, PRECISION,
@@ -305,9 +316,7 @@ def approximate_kernel(
             key_row = first_key_of_tile + column
             if WIDE:
                 key_row = key_row.to(tl.int64)
-            counts = key_row < num_keys
-            if HAS_VALID:
-                counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
+            counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID)
             row_max, row_sum, acc = _attend_tile(
                 query, inside, Key, Value, key_row, counts, last_seen, factor, threshold, row_max, row_sum, acc,
                 stride_ks, stride_vs, True, CAUSAL, INT8, SKIP, WEIGHT_SHIFT, IMPRECISE, D, BLOCK_D, PRECISION,
@@ -352,7 +361,7 @@ def launch(
     cc = compute_capability(query)
     if tile is None:
         tile = tile_for(cc, head_dim, query.dtype, block_size, int8)
-    valid = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
+    valid = as_bytes(key_valid)
     dtype = value_dtype or quantize.value_dtype(cc)
     scales: tuple[torch.Tensor | None, ...] = (None, None, None, None)
     rows = -(-num_queries // block_size[0])
@@ -361,13 +370,11 @@ def launch(
         operands, scales = _quantize(query, key, value, key_valid, valid, block_size, dtype)
     lengths = (num_queries, num_keys)
     index, plain, masked = split_index(block_index, block_count, block_size, lengths, causal)
-    index_batch, index_heads = index.shape[:2]
     approximate_kernel[(batch * heads * rows * (block_size[0] // tile.m),)](
         *operands, out, lse, *scales, index, plain, masked, valid,
         *[s for x in operands for s in x.stride()[:3]], *out.stride()[:3],
-        index_heads * rows * (index_batch > 1), rows * (index_heads > 1),
-        heads, heads // key_heads, num_queries, num_keys, rows, -(-num_keys // block_size[1]), index.shape[3],
-        scale * LOG2_E, float(pv_threshold or 0.0),
+        *list_steps(index), heads, heads // key_heads, num_queries, num_keys, rows, -(-num_keys // block_size[1]),
+        index.shape[3], scale * LOG2_E, float(pv_threshold or 0.0),
         **_constexprs(
             tile, block_size, head_dim, query.dtype, causal, key_valid is not None, int8, pv_threshold is not None,
             dtype, key_layout(*operands[1:])[1],
@@ -409,7 +416,7 @@ def _quantize(query, key, value, key_valid, valid, block_size, dtype):
 
 def _padded(head_dim: int, int8: bool) -> int:
     # Eight-bit products are summed over at least 32 channels.
-    return max(32 if int8 else 16, triton.next_power_of_2(head_dim))
+    return max(32 if int8 else 16, padded_head_dim(head_dim))
 
 
 def _constexprs(
@@ -432,13 +439,8 @@ def _constexprs(
         "WIDE": wide,
         "WEIGHT_SHIFT": quantize.WEIGHT_SHIFT[value_dtype] if int8 else 0.0,
         "IMPRECISE": tile.n if int8 and value_dtype == torch.float8_e4m3fn else 0,
-        "QUERY_BLOCK": block_size[0],
-        "KEY_BLOCK": block_size[1],
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "D": head_dim,
+        **tile_constexprs(tile, block_size, head_dim, dtype),
         "BLOCK_D": _padded(head_dim, int8),
-        "PRECISION": precision(dtype),
     }
 
 

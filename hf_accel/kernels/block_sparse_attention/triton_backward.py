@@ -9,7 +9,6 @@ saves the fp32 buffer, its atomics and its conversion.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +18,19 @@ import triton.language as tl
 
 from hf_accel.kernels.block_sparse_attention.index import split_index, split_transposed_index, transpose_index
 from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.block_list import (
+    block_ahead,
+    first_block,
+    list_row,
+    list_steps,
+    locate_tile,
+    rows_that_count,
+    tile_constexprs,
+    tile_rows,
+)
 from hf_accel.kernels.common.online_softmax import load_rows
-from hf_accel.kernels.common.tile import Tile, compute_capability, key_layout, precision
+from hf_accel.kernels.common.tile import LOG2_E, Tile, as_bytes, compute_capability, key_layout, padded_head_dim
 
-LOG2_E = math.log2(math.e)
 DELTA_ROWS = 64
 UNSPECIALIZED = ["num_heads", "num_queries", "num_keys", "num_rows", "max_keep", "scale"]
 
@@ -190,11 +198,8 @@ def grad_query_kernel(
     PRECISION: tl.constexpr,
 ):
     """dQ: one program per (head, query tile), which goes through the keys of its row as the forward kernel does."""
-    TILES_PER_BLOCK: tl.constexpr = QUERY_BLOCK // BLOCK_M
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    pid = tl.program_id(0)
-    group = (pid // (num_rows * TILES_PER_BLOCK)).to(tl.int64)
-    tile = pid % (num_rows * TILES_PER_BLOCK)
+    group, tile = locate_tile(num_rows, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
@@ -220,21 +225,18 @@ def grad_query_kernel(
     delta = tl.load(Delta + group * num_queries + row, mask=inside, other=0.0)
     last_seen = row + num_keys - num_queries
 
-    index_row = batch * index_batch_step + head * index_head_step + tile // TILES_PER_BLOCK
+    index_row = list_row(batch, head, tile, index_batch_step, index_head_step, QUERY_BLOCK, BLOCK_M)
     plain = tl.load(PlainCount + index_row)
     masked = tl.load(MaskedCount + index_row)
     BlockIndex += index_row * max_keep
     grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     column = tl.arange(0, BLOCK_N)
     tiles = plain * KEY_TILES
-    # One tile ahead, for the reason given in the forward kernel.
-    block = tl.load(BlockIndex, mask=tiles > 0, other=0)
+    block = first_block(BlockIndex, tiles)
     for t in range(0, tiles):
-        key_row = block * KEY_BLOCK + (t % KEY_TILES) * BLOCK_N + column
-        block = tl.load(BlockIndex + tl.minimum(t + 1, tiles - 1) // KEY_TILES)
-        counts = key_row
-        if HAS_VALID:
-            counts = tl.load(KeyValid + batch * num_keys + key_row) != 0
+        key_row = tile_rows(block, t, KEY_BLOCK, BLOCK_N)
+        block = block_ahead(BlockIndex, t, tiles, KEY_BLOCK, BLOCK_N)
+        counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID, True)
         grad_query = _query_step(
             query, grad_out, lse, delta, grad_query, Key, Value, key_row, counts, last_seen, stride_ks, stride_vs,
             scale, HAS_VALID, False, WIDE, D, BLOCK_D, PRECISION,
@@ -246,9 +248,7 @@ def grad_query_kernel(
         first_key = tl.load(BlockIndex + entry) * KEY_BLOCK
         for first_key_of_tile in range(first_key, tl.minimum(first_key + KEY_BLOCK, end), BLOCK_N):
             key_row = first_key_of_tile + column
-            counts = key_row < num_keys
-            if HAS_VALID:
-                counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
+            counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID)
             grad_query = _query_step(
                 query, grad_out, lse, delta, grad_query, Key, Value, key_row, counts, last_seen, stride_ks, stride_vs,
                 scale, True, CAUSAL, WIDE, D, BLOCK_D, PRECISION,
@@ -351,11 +351,8 @@ def grad_key_value_kernel(
     PRECISION: tl.constexpr,
 ):
     """dK and dV: one program per (key head, key tile), over the query heads of the group and their query blocks."""
-    TILES_PER_BLOCK: tl.constexpr = KEY_BLOCK // BLOCK_N
     QUERY_TILES: tl.constexpr = QUERY_BLOCK // BLOCK_M
-    pid = tl.program_id(0)
-    group = (pid // (num_rows * TILES_PER_BLOCK)).to(tl.int64)
-    tile = pid % (num_rows * TILES_PER_BLOCK)
+    group, tile = locate_tile(num_rows, KEY_BLOCK, BLOCK_N)
     if tile * BLOCK_N >= num_keys:
         return
     key_heads = num_heads // heads_per_key_head
@@ -366,9 +363,7 @@ def grad_key_value_kernel(
     key_row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     inside = key_row < num_keys
-    counts = inside
-    if HAS_VALID:
-        counts = tl.load(KeyValid + batch * num_keys + key_row, mask=inside, other=0) != 0
+    counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID)
     far_row = key_row[:, None].to(tl.int64)
     element = counts[:, None] & (d[None, :] < D)
     key = tl.load(
@@ -379,10 +374,9 @@ def grad_key_value_kernel(
     )
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    m = tl.arange(0, BLOCK_M)
     for member in range(0, heads_per_key_head):
         head = key_head * heads_per_key_head + member
-        index_row = batch * index_batch_step + head * index_head_step + tile // TILES_PER_BLOCK
+        index_row = list_row(batch, head, tile, index_batch_step, index_head_step, KEY_BLOCK, BLOCK_N)
         plain = tl.load(PlainCount + index_row)
         Blocks = BlockIndex + index_row * max_keep
         QueryHead = Query + batch * stride_qb + head * stride_qh
@@ -390,10 +384,10 @@ def grad_key_value_kernel(
         LseHead = Lse2 + (batch * num_heads + head) * num_queries
         DeltaHead = Delta + (batch * num_heads + head) * num_queries
         tiles = plain * QUERY_TILES
-        block = tl.load(Blocks, mask=tiles > 0, other=0)
+        block = first_block(Blocks, tiles)
         for t in range(0, tiles):
-            row = block * QUERY_BLOCK + (t % QUERY_TILES) * BLOCK_M + m
-            block = tl.load(Blocks + tl.minimum(t + 1, tiles - 1) // QUERY_TILES)
+            row = tile_rows(block, t, QUERY_BLOCK, BLOCK_M)
+            block = block_ahead(Blocks, t, tiles, QUERY_BLOCK, BLOCK_M)
             grad_key, grad_value = _key_step(
                 key, value, grad_key, grad_value, QueryHead, GradHead, LseHead, DeltaHead, row, row, key_row,
                 num_queries, stride_qs, stride_gs, scale, False, WIDE, D, BLOCK_D, PRECISION,
@@ -401,7 +395,7 @@ def grad_key_value_kernel(
         if CAUSAL:
             masked = tl.load(MaskedCount + index_row)
             for t in range(tiles, tiles + masked * QUERY_TILES):
-                row = tl.load(Blocks + t // QUERY_TILES) * QUERY_BLOCK + (t % QUERY_TILES) * BLOCK_M + m
+                row = tile_rows(tl.load(Blocks + t // QUERY_TILES), t, QUERY_BLOCK, BLOCK_M)
                 grad_key, grad_value = _key_step(
                     key, value, grad_key, grad_value, QueryHead, GradHead, LseHead, DeltaHead, row,
                     row + num_keys - num_queries, key_row, num_queries, stride_qs, stride_gs, scale, True, WIDE,
@@ -447,9 +441,9 @@ def launch(
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     delta_kernel[(triton.cdiv(num_queries, DELTA_ROWS), batch * heads)](
         out, grad_out, lse, grad_lse.contiguous(), lse2, delta, *out.stride()[:3], *grad_out.stride()[:3], heads,
-        num_queries, ROWS=DELTA_ROWS, D=head_dim, BLOCK_D=_padded(head_dim), num_warps=4, enable_fp_fusion=True,
+        num_queries, ROWS=DELTA_ROWS, D=head_dim, BLOCK_D=padded_head_dim(head_dim), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    valid = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
+    valid = as_bytes(key_valid)
     lengths = (num_queries, num_keys)
     scales = (scale, scale * LOG2_E)
     forms = (causal, key_valid is not None)
@@ -460,7 +454,7 @@ def launch(
     index, plain, masked = split_index(block_index, block_count, block_size, lengths, causal)
     rows, tile = index.shape[2], tiles[0]
     grad_query_kernel[(batch * heads * rows * (block_size[0] // tile.m),)](
-        *inputs, grad_query, index, plain, masked, valid, *strides, *grad_query.stride()[:3], *_steps(index),
+        *inputs, grad_query, index, plain, masked, valid, *strides, *grad_query.stride()[:3], *list_steps(index),
         heads, heads // key_heads, num_queries, num_keys, rows, index.shape[3], *scales,
         **_constexprs(tile, block_size, head_dim, query.dtype, *forms, *key_layout(key, value)),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
@@ -473,22 +467,12 @@ def launch(
         index, plain, masked = split_transposed_index(index, plain, block_size, lengths)
     grad_key_value_kernel[(batch * key_heads * rows * (block_size[1] // tile.n),)](
         *inputs, grad_key, grad_value, index, plain, masked if causal else None, valid, *strides,
-        *grad_key.stride()[:3], *grad_value.stride()[:3], *_steps(index), heads, heads // key_heads, num_queries,
+        *grad_key.stride()[:3], *grad_value.stride()[:3], *list_steps(index), heads, heads // key_heads, num_queries,
         num_keys, rows, index.shape[3], *scales,
         **_constexprs(tile, block_size, head_dim, query.dtype, *forms, *key_layout(query, grad_out)),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
     )  # fmt: skip
     return grad_query, grad_key, grad_value
-
-
-def _steps(index: torch.Tensor) -> tuple[int, int]:
-    """Rows from one batch entry (head) to the next in an index ``[B or 1, H or 1, n, max_keep]``."""
-    batch, heads, rows, _ = index.shape
-    return heads * rows * (batch > 1), rows * (heads > 1)
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
 
 
 def _constexprs(
@@ -506,13 +490,7 @@ def _constexprs(
         "HAS_VALID": has_valid,
         "SAME_STRIDES": same_strides,
         "WIDE": wide,
-        "QUERY_BLOCK": block_size[0],
-        "KEY_BLOCK": block_size[1],
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "D": head_dim,
-        "BLOCK_D": _padded(head_dim),
-        "PRECISION": precision(dtype),
+        **tile_constexprs(tile, block_size, head_dim, dtype),
     }
 
 

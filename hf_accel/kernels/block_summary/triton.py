@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from hf_accel.kernels.common.aot import AotCase, make_case
+from hf_accel.kernels.common.tile import as_bytes
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_blocks"])
@@ -101,7 +102,7 @@ def _launch(
     blocks = triton.cdiv(tokens, block_size)
     summary_kernel[(blocks, batch * heads)](
         x,
-        None if key_valid is None else key_valid.contiguous().view(torch.uint8),
+        as_bytes(key_valid),
         shift,
         mean,
         similarity,

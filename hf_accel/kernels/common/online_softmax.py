@@ -39,6 +39,30 @@ def load_rows(
 
 
 @triton.jit
+def add_scores(
+    scores,  # [BLOCK_M, BLOCK_N] fp32, without the scale; -inf where a key takes no part
+    value,  # [BLOCK_N, BLOCK_D]
+    row_max,  # [BLOCK_M] fp32, base-2 logarithm
+    row_sum,  # [BLOCK_M] fp32
+    acc,  # [BLOCK_M, BLOCK_D] fp32
+    scale,  # softmax scale times log2(e), positive
+    MASKED: tl.constexpr,  # there may be rows in which no key has taken part so far
+    PRECISION: tl.constexpr,
+):
+    """Take one tile of scores into the online softmax (Dao 2023, arXiv 2307.08691, algorithm 1), in base 2."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    base = new_max
+    if MASKED:
+        # While no key has taken part the maximum is -inf, and -inf - -inf is no number.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.math.exp2(scores * scale - base[:, None])
+    shrink = tl.math.exp2(row_max - base)
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+    return new_max, row_sum, acc
+
+
+@triton.jit
 def attend_rows(
     query,  # [BLOCK_M, BLOCK_D]
     Key,
@@ -59,23 +83,14 @@ def attend_rows(
     last_seen=0,  # [BLOCK_M] the last row of Key that each query sees; read only if CAUSAL, which implies MASKED
     CAUSAL: tl.constexpr = False,
 ):
-    """Online softmax over one tile of keys (Dao 2023, arXiv 2307.08691, algorithm 1), in base 2."""
+    """:func:`add_scores` for one tile of keys."""
     key, value = load_rows(Key, Value, rows, counts, stride_key, stride_value, MASKED, WIDE, D, BLOCK_D)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(counts[None, :], scores, float("-inf"))
     if CAUSAL:
         scores = tl.where(rows[None, :] <= last_seen[:, None], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
-    base = new_max
-    if MASKED:
-        # While no key has taken part the maximum is -inf, and -inf - -inf is no number.
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.math.exp2(scores * scale - base[:, None])
-    shrink = tl.math.exp2(row_max - base)
-    row_sum = row_sum * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
-    return new_max, row_sum, acc
+    return add_scores(scores, value, row_max, row_sum, acc, scale, MASKED, PRECISION)
 
 
 @triton.jit

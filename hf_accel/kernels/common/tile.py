@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,16 @@ def key_layout(key: torch.Tensor, value: torch.Tensor) -> tuple[bool, bool]:
     """Whether the rows of K and V are equally far apart, and whether a head spans 2**31 elements or more."""
     widest = max(abs(x.stride(2)) * x.shape[2] for x in (key, value))
     return key.stride(2) == value.stride(2), widest + key.shape[-1] >= 2**31
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The columns of a tile: a power of two, of at least the 16 that ``tl.dot`` asks for."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A bool mask as the kernels read it: contiguous uint8, without a copy where it is contiguous already."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -10,7 +10,6 @@ to match the tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +17,12 @@ import triton
 import triton.language as tl
 
 from hf_accel.kernels.common.aot import AotCase, make_case
-from hf_accel.kernels.common.online_softmax import attend_rows, finish, load_rows
-from hf_accel.kernels.common.tile import compute_capability, precision
+from hf_accel.kernels.common.online_softmax import add_scores, attend_rows, finish, load_rows
+from hf_accel.kernels.common.tile import LOG2_E, Tile, as_bytes, compute_capability, key_layout, precision
+from hf_accel.kernels.paged_attention.layout import AOT_KINDS, AOT_SHAPES, block_tile, packed_rows, prefix_tile
 from hf_accel.kernels.paged_attention.triton_merge import combine
 
-LOG2E = 1.4426950408889634
 INTERPRETER_PROGRAMS = 4  # of "the GPU" that splits are made for where there is none
-
-
-@triton.jit
-def packed_rows(row, kv_head, GROUP: tl.constexpr, num_rows):
-    """Query head and row of packed row ``r`` of a KV head: the group's heads one after another."""
-    return kv_head * GROUP + row // num_rows, row % num_rows
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_keys", "list_width"])
@@ -194,43 +187,12 @@ def merge_block_kernel(
             place = place + row[:, None] * mask_step_r + rows[None, :] * mask_step_k
             seen = seen & (tl.load(Mask + place, mask=seen, other=0) != 0)
         scores = tl.where(seen, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.math.exp2(scores * scale - base[:, None])
-        shrink = tl.math.exp2(row_max - base)
-        row_sum = row_sum * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
-        row_max = new_max
+        row_max, row_sum, acc = add_scores(scores, value, row_max, row_sum, acc, scale, True, PRECISION)
     out, _ = finish(row_max, row_sum, acc)
     tl.store(Out + line[:, None] * D + d[None, :], out.to(Out.dtype.element_ty), mask=element)
 
 
-# -- tiles and splits ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Tile of ``m`` packed rows by ``n`` keys, warps and pipeline depth."""
-
-    m: int
-    n: int
-    num_warps: int
-    num_stages: int
-
-
-def plan(cc: int, rows: int, head_dim: int, dtype: torch.dtype) -> Plan:
-    """For ``rows`` packed rows of a KV head. The loop waits for memory: small tiles of rows, deep pipelines."""
-    m = max(16, min(64, triton.next_power_of_2(rows)))
-    if cc == 0:
-        return Plan(m, 16, 4, 1)
-    if dtype == torch.float32:
-        # IEEE products of fp32 are unrolled into registers
-        return Plan(min(m, 16 if head_dim > 128 else 32), 16 if head_dim > 128 else 32, 8, 1 if head_dim > 256 else 2)
-    if head_dim > 256:
-        return Plan(min(m, 32), 32 if cc in (90, 100, 103) else 16, 8, 2)
-    if head_dim > 128:
-        return Plan(m, 32, 8 if m > 32 else 4, 2)
-    return Plan(m, 64, 4, 3 if cc in (80, 90, 100, 103) else 2)
+# -- splits ----------------------------------------------------------------------------------------------
 
 
 def splits_for(tensor: torch.Tensor, cells: int, tiles: int) -> int:
@@ -241,10 +203,6 @@ def splits_for(tensor: torch.Tensor, cells: int, tiles: int) -> int:
     else:
         wanted = INTERPRETER_PROGRAMS
     return max(1, min(triton.cdiv(wanted, cells), tiles // 2))
-
-
-def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
 # -- launchers -----------------------------------------------------------------------------------------------------
@@ -272,7 +230,7 @@ def page_attention(
     if most == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     group = heads // kv_heads
-    tile = plan(compute_capability(q), group * rows, head_dim, q.dtype)
+    tile = prefix_tile(compute_capability(q), group * rows, head_dim, q.dtype)
     row_tiles = triton.cdiv(group * rows, tile.m)
     splits = splits_for(q, batch * kv_heads * row_tiles, triton.cdiv(most, tile.n))
     parts = out if splits == 1 else out.new_empty(splits, *out.shape)
@@ -293,7 +251,7 @@ def page_attention(
         rows,
         keys,
         width,
-        scale * LOG2E,
+        scale * LOG2_E,
         **_prefix_constexprs(group, valid is not None, pages is not None, page_size, k, v, tile),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -305,10 +263,9 @@ def page_attention(
 
 
 def _prefix_constexprs(
-    group: int, has_valid: bool, listed: bool, page_size: int, k: torch.Tensor, v: torch.Tensor, tile: Plan
+    group: int, has_valid: bool, listed: bool, page_size: int, k: torch.Tensor, v: torch.Tensor, tile: Tile
 ) -> dict[str, Any]:
-    widest = max(abs(x.stride(2)) * x.shape[2] for x in (k, v))
-    return _prefix_shape(group, has_valid, listed, page_size, k.shape[-1], k.dtype, tile, widest + k.shape[-1] >= 2**31)
+    return _prefix_shape(group, has_valid, listed, page_size, k.shape[-1], k.dtype, tile, key_layout(k, v)[1])
 
 
 def _prefix_shape(
@@ -318,7 +275,7 @@ def _prefix_shape(
     page_size: int,
     head_dim: int,
     dtype: torch.dtype,
-    tile: Plan,
+    tile: Tile,
     wide: bool = False,
 ) -> dict[str, Any]:
     return {
@@ -349,7 +306,7 @@ def block_merge(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    tile = _block_plan(compute_capability(q), rows, head_dim, q.dtype)
+    tile = block_tile(compute_capability(q), rows, head_dim, q.dtype)
     seen = None if mask is None else mask.expand(batch, heads, rows, rows)
     merge_block_kernel[(batch * heads, triton.cdiv(rows, tile.m))](
         q,
@@ -365,7 +322,7 @@ def block_merge(
         *((0, 0, 0, 0) if seen is None else seen.stride()),
         heads,
         rows,
-        scale * LOG2E,
+        scale * LOG2_E,
         GROUP=heads // k.shape[1],
         HAS_MASK=seen is not None,
         D=head_dim,
@@ -380,11 +337,6 @@ def block_merge(
     return out
 
 
-def _block_plan(cc: int, rows: int, head_dim: int, dtype: torch.dtype) -> Plan:
-    small = max(16, min(64 if head_dim <= 128 and dtype != torch.float32 else 16, triton.next_power_of_2(rows)))
-    return Plan(small, min(small, 32), 4, 1 if cc == 0 else 2)
-
-
 def aot_cases(cc: int) -> list[AotCase]:
     """Every kernel with the tiles that are picked on ``cc``: SDAR's heads (g 4, D 128) with few and with all rows,
     DiffusionGemma's full layers (D 512), odd head dims, fp32."""
@@ -397,7 +349,7 @@ def aot_cases(cc: int) -> list[AotCase]:
         dtype, head_dim, group, rows, valid, listed = shape
         kind = AOT_KINDS[dtype]
         label = f"{kind} D{head_dim} g{group} rows {rows}"
-        tile, block = plan(cc, group * rows, head_dim, dtype), _block_plan(cc, rows, head_dim, dtype)
+        tile, block = prefix_tile(cc, group * rows, head_dim, dtype), block_tile(cc, rows, head_dim, dtype)
         sizes = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
         types = fp32 | masks | dict.fromkeys(("Query", "Key", "Value"), kind)
         cases += [
@@ -421,17 +373,6 @@ def aot_cases(cc: int) -> list[AotCase]:
             ),
         ]
     return cases
-
-
-AOT_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# dtype, head dim, query heads per KV head, rows, with a mask, with a page list
-AOT_SHAPES: list[tuple[torch.dtype, int, int, int, bool, bool]] = [
-    (torch.bfloat16, 128, 4, 5, False, True),
-    (torch.bfloat16, 128, 4, 16, True, False),
-    (torch.bfloat16, 512, 2, 256, True, False),
-    (torch.float16, 80, 1, 16, True, True),
-    (torch.float32, 128, 4, 16, True, True),
-]
 
 
 def _case(

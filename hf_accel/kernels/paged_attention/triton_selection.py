@@ -8,8 +8,8 @@ import triton.language as tl
 
 from hf_accel.kernels.common.aot import AotCase, make_case
 from hf_accel.kernels.common.online_softmax import load_rows
-from hf_accel.kernels.common.tile import compute_capability, precision
-from hf_accel.kernels.paged_attention.triton import AOT_KINDS, AOT_SHAPES, as_bytes, packed_rows, plan
+from hf_accel.kernels.common.tile import as_bytes, compute_capability, precision
+from hf_accel.kernels.paged_attention.layout import AOT_KINDS, AOT_SHAPES, packed_rows, prefix_tile
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_pages"])
@@ -187,7 +187,7 @@ def page_score(
         return score
     kmin, kmax = _alike(kmin, kmax)
     group = heads // kv_heads
-    tile = plan(compute_capability(q), group * rows, head_dim, q.dtype)
+    tile = prefix_tile(compute_capability(q), group * rows, head_dim, q.dtype)
     score_kernel[(triton.cdiv(pages, tile.n), batch * kv_heads, triton.cdiv(group * rows, tile.m))](
         q,
         kmin,
@@ -310,7 +310,7 @@ def aot_cases(cc: int) -> list[AotCase]:
     for dtype, head_dim, group, rows, valid, _ in AOT_SHAPES:
         kind = AOT_KINDS[dtype]
         label = f"{kind} D{head_dim} g{group} rows {rows}"
-        tile = plan(cc, group * rows, head_dim, dtype)
+        tile = prefix_tile(cc, group * rows, head_dim, dtype)
         sizes = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
         score = {"GROUP": group, "HAS_VALID": valid, "PRECISION": precision(dtype)} | sizes
         score |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ import triton
 import triton.language as tl
 
 from hf_accel.kernels.common.aot import AotCase, make_case
-from hf_accel.kernels.common.tile import Tile, compute_capability, precision
+from hf_accel.kernels.common.block_list import list_steps
+from hf_accel.kernels.common.tile import LOG2_E, Tile, as_bytes, compute_capability, padded_head_dim, precision
 from hf_accel.kernels.sparse_linear_attention.scope import shorter_lists
 from hf_accel.kernels.sparse_linear_attention.triton_backward import (
     grad_key_value_kernel,
@@ -20,7 +20,6 @@ from hf_accel.kernels.sparse_linear_attention.triton_backward import (
 from hf_accel.kernels.sparse_linear_attention.triton_forward import key_totals_kernel, linear_forward_kernel
 from hf_accel.kernels.sparse_linear_attention.triton_fused import fused_forward_kernel
 
-LOG2_E = math.log2(math.e)
 # Programs of one totals kernel: a few for every multiprocessor of the largest GPUs.
 TOTALS_PROGRAMS = 512
 BlockLists = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -78,7 +77,7 @@ def fused_forward(
     head_dim, heads = query.shape[-1], query.shape[1]
     if tile is None:
         tile = tile_for(compute_capability(query), head_dim, query.dtype, "fused")
-    valid = _bytes(key_valid)
+    valid = as_bytes(key_valid)
     state, state_sum = _key_totals(key, value, valid, feature_map)
     max_keep = block_index.shape[-1]
     query_blocks = block_index.shape[2]
@@ -87,7 +86,7 @@ def fused_forward(
         query, key, value, valid, state, state_sum, block_index.contiguous(), block_count.contiguous(),
         other_index, other_count, direct, sparse_out, linear_out,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *sparse_out.stride()[:3],
-        *_steps(block_index), *_steps(other_index),
+        *list_steps(block_index), *list_steps(other_index),
         heads, heads // key.shape[1], query.shape[2], key.shape[2], query_blocks, max_keep,
         0 if other_index is None else other_index.shape[-1], scale * LOG2_E,
         SUBTRACT=subtract, HAS_OTHER=other_index is not None, HAS_VALID=valid is not None,
@@ -114,7 +113,7 @@ def linear_attention(
         return out, denominator
     head_dim, heads, num_keys = query.shape[-1], query.shape[1], key.shape[2]
     tile = tile_for(compute_capability(query), head_dim, query.dtype, "forward")
-    valid = _bytes(key_valid)
+    valid = as_bytes(key_valid)
     state, state_sum = _key_totals(key, value, valid, feature_map)
     lists = None if included is None else shorter_lists(included)
     query_blocks = triton.cdiv(query.shape[2], block_size[0])
@@ -122,7 +121,7 @@ def linear_attention(
     linear_forward_kernel[grid](
         query, key, value, valid, state, state_sum, *(lists or (None, None, None)), out, denominator,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        *_steps(lists and lists[0]), heads, heads // key.shape[1], query.shape[2], num_keys, query_blocks,
+        *list_steps(lists and lists[0]), heads, heads // key.shape[1], query.shape[2], num_keys, query_blocks,
         lists[0].shape[-1] if lists else 0,
         HAS_LIST=lists is not None, HAS_VALID=valid is not None,
         MASKED=valid is not None or num_keys % block_size[1] != 0, WIDE=_wide(key, value),
@@ -153,7 +152,7 @@ def linear_attention_backward(
     row_tile, column_tile = (
         tile_for(compute_capability(query), head_dim, query.dtype, pass_) for pass_ in ("grad query", "grad key value")
     )
-    valid = _bytes(key_valid)
+    valid = as_bytes(key_valid)
     state, state_sum = _key_totals(key, value, valid, feature_map)
     inner = torch.empty_like(denominator)
     query_state, query_state_sum = _query_totals(query, out, grad_out, denominator, inner, feature_map)
@@ -174,7 +173,7 @@ def linear_attention_backward(
     query_blocks = triton.cdiv(num_queries, block_size[0])
     grad_query_kernel[(batch * heads * query_blocks * (block_size[0] // row_tile.m),)](
         *inputs, state, state_sum, *(rows or (None, None, None)), grad_query, *strides, *grad_query.stride()[:3],
-        *_steps(rows and rows[0]), heads, heads // key_heads, num_queries, num_keys, query_blocks,
+        *list_steps(rows and rows[0]), heads, heads // key_heads, num_queries, num_keys, query_blocks,
         rows[0].shape[-1] if rows else 0,
         MASKED=valid is not None or num_keys % block_size[1] != 0, BLOCK_M=row_tile.m, BLOCK_N=row_tile.n,
         **shared, **_options(row_tile),
@@ -183,7 +182,7 @@ def linear_attention_backward(
     grad_key_value_kernel[(batch * key_heads * key_blocks * (block_size[1] // column_tile.n),)](
         *inputs, query_state, query_state_sum, *(columns or (None, None, None)), grad_key, grad_value,
         *strides, *grad_key.stride()[:3], *grad_value.stride()[:3],
-        *_steps(columns and columns[0]), key_heads, heads // key_heads, num_queries, num_keys, key_blocks,
+        *list_steps(columns and columns[0]), key_heads, heads // key_heads, num_queries, num_keys, key_blocks,
         columns[0].shape[-1] if columns else 0,
         MASKED=num_queries % block_size[0] != 0, BLOCK_M=column_tile.m, BLOCK_N=column_tile.n,
         **shared, **_options(column_tile),
@@ -241,21 +240,9 @@ def _partial_totals(x: torch.Tensor, groups: int, programs: int) -> tuple[torch.
     return state, x.new_empty((groups, programs, head_dim), dtype=torch.float32)
 
 
-def _steps(index: torch.Tensor | None) -> tuple[int, int]:
-    """Rows of blocks from one batch entry (head) to the next in an index; 0 where they share."""
-    if index is None:
-        return 0, 0
-    batch, heads, rows, _ = index.shape
-    return heads * rows * (batch > 1), rows * (heads > 1)
-
-
 def _wide(*tensors: torch.Tensor) -> bool:
     """Whether an offset within a head can leave 32 bits."""
     return any(abs(x.stride(2)) * x.shape[2] + x.shape[3] >= 2**31 for x in tensors)
-
-
-def _bytes(key_valid: torch.Tensor | None) -> torch.Tensor | None:
-    return None if key_valid is None else key_valid.contiguous().view(torch.uint8)
 
 
 def _constexprs(feature_map: str, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -264,7 +251,7 @@ def _constexprs(feature_map: str, head_dim: int, dtype: torch.dtype) -> dict[str
         # Sums of phi over tokens, and gradients divided by them, leave the range of fp16.
         "OPERAND": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
         "D": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": padded_head_dim(head_dim),
         "PRECISION": precision(dtype),
     }
 

@@ -11,6 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_accel.kernels.common.block_list import (
+    block_ahead,
+    first_block,
+    list_row,
+    locate_tile,
+    rows_that_count,
+    tile_rows,
+)
 from hf_accel.kernels.sparse_linear_attention.triton_steps import (
     add_dot_state,
     feature_map,
@@ -140,11 +148,8 @@ def grad_query_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program per (head, query tile)."""
-    TILES_PER_BLOCK: tl.constexpr = QUERY_BLOCK // BLOCK_M
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    pid = tl.program_id(0)
-    group = (pid // (num_query_blocks * TILES_PER_BLOCK)).to(tl.int64)
-    tile = pid % (num_query_blocks * TILES_PER_BLOCK)
+    group, tile = locate_tile(num_query_blocks, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
@@ -166,17 +171,15 @@ def grad_query_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     direct = 0
     if HAS_LIST:
-        index_row = batch * index_batch_step + head * index_head_step + tile // TILES_PER_BLOCK
+        index_row = list_row(batch, head, tile, index_batch_step, index_head_step, QUERY_BLOCK, BLOCK_M)
         direct = tl.load(Direct + index_row).to(tl.int32)
         tiles = tl.load(Count + index_row) * KEY_TILES
         Index += index_row * max_listed
-        block = tl.load(Index, mask=tiles > 0, other=0)
+        block = first_block(Index, tiles)
         for t in range(0, tiles):
-            key_row = block * KEY_BLOCK + (t % KEY_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-            block = tl.load(Index + tl.minimum(t + 1, tiles - 1) // KEY_TILES)
-            counts = key_row < num_keys
-            if HAS_VALID:
-                counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
+            key_row = tile_rows(block, t, KEY_BLOCK, BLOCK_N)
+            block = block_ahead(Index, t, tiles, KEY_BLOCK, BLOCK_N)
+            counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID)
             key = load_rows(Key, key_row, counts, stride_ks, MASKED, WIDE, D, BLOCK_D)
             value = load_rows(Value, key_row, counts, stride_vs, MASKED, WIDE, D, BLOCK_D)
             phi_key = feature_map(key, FEATURE_MAP, D, BLOCK_D)
@@ -253,11 +256,8 @@ def grad_key_value_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program per (key head, key tile); it walks the query heads that read this key head in order."""
-    TILES_PER_BLOCK: tl.constexpr = KEY_BLOCK // BLOCK_N
     QUERY_TILES: tl.constexpr = QUERY_BLOCK // BLOCK_M
-    pid = tl.program_id(0)
-    group = (pid // (num_key_blocks * TILES_PER_BLOCK)).to(tl.int64)
-    tile = pid % (num_key_blocks * TILES_PER_BLOCK)
+    group, tile = locate_tile(num_key_blocks, KEY_BLOCK, BLOCK_N)
     first = tile * BLOCK_N
     if first >= num_keys:
         return
@@ -266,10 +266,7 @@ def grad_key_value_kernel(
     num_heads = num_key_heads * heads_per_key_head
     row = first + tl.arange(0, BLOCK_N)
     exists = row < num_keys
-    if HAS_VALID:
-        counts = tl.load(KeyValid + batch * num_keys + row, mask=exists, other=0) != 0
-    else:
-        counts = exists
+    counts = rows_that_count(KeyValid, batch, row, num_keys, HAS_VALID)
     Key += batch * stride_kb + key_head * stride_kh
     Value += batch * stride_vb + key_head * stride_vh
     features = feature_map(load_rows(Key, row, counts, stride_ks, True, True, D, BLOCK_D), FEATURE_MAP, D, BLOCK_D)
@@ -282,17 +279,17 @@ def grad_key_value_kernel(
         query_group = batch * num_heads + head
         direct = 0
         if HAS_LIST:
-            index_row = batch * index_batch_step + head * index_head_step + tile // TILES_PER_BLOCK
+            index_row = list_row(batch, head, tile, index_batch_step, index_head_step, KEY_BLOCK, BLOCK_N)
             direct = tl.load(Direct + index_row).to(tl.int32)
             sign = tl.where(direct != 0, 1.0, -1.0)
             tiles = tl.load(Count + index_row) * QUERY_TILES
             Entries = Index + index_row * max_listed
             QueryHead = Query + batch * stride_qb + head * stride_qh
             GradHead = GradOut + batch * stride_gb + head * stride_gh
-            block = tl.load(Entries, mask=tiles > 0, other=0)
+            block = first_block(Entries, tiles)
             for t in range(0, tiles):
-                query_row = block * QUERY_BLOCK + (t % QUERY_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-                block = tl.load(Entries + tl.minimum(t + 1, tiles - 1) // QUERY_TILES)
+                query_row = tile_rows(block, t, QUERY_BLOCK, BLOCK_M)
+                block = block_ahead(Entries, t, tiles, QUERY_BLOCK, BLOCK_M)
                 there = query_row < num_queries
                 denominator = tl.load(Denominator + query_group * num_queries + query_row, mask=there, other=0.0)
                 inner = tl.load(Inner + query_group * num_queries + query_row, mask=there, other=0.0)

@@ -5,6 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_accel.kernels.common.block_list import (
+    block_ahead,
+    first_block,
+    list_row,
+    locate_tile,
+    rows_that_count,
+    tile_rows,
+)
 from hf_accel.kernels.sparse_linear_attention.triton_steps import (
     add_linear_tile,
     feature_map,
@@ -47,9 +55,7 @@ def key_totals_kernel(
     state_sum = tl.zeros([BLOCK_D], tl.float32)
     for start in range(first, tl.minimum(first + rows_per_program, num_keys), BLOCK_N):
         row = start + tl.arange(0, BLOCK_N)
-        exists = row < num_keys
-        if HAS_VALID:
-            exists = tl.load(KeyValid + batch * num_keys + row, mask=exists, other=0) != 0
+        exists = rows_that_count(KeyValid, batch, row, num_keys, HAS_VALID)
         features = feature_map(load_rows(Key, row, exists, stride_ks, True, True, D, BLOCK_D), FEATURE_MAP, D, BLOCK_D)
         # Rounded as the kernels round it that subtract parts of this sum.
         phi_key = tl.where(exists[:, None], features, 0.0).to(OPERAND)
@@ -112,11 +118,8 @@ def linear_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program per (head, query tile)."""
-    TILES_PER_BLOCK: tl.constexpr = QUERY_BLOCK // BLOCK_M
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    pid = tl.program_id(0)
-    group = (pid // (num_query_blocks * TILES_PER_BLOCK)).to(tl.int64)
-    tile = pid % (num_query_blocks * TILES_PER_BLOCK)
+    group, tile = locate_tile(num_query_blocks, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
@@ -136,18 +139,15 @@ def linear_forward_kernel(
     acc_sum = tl.zeros([BLOCK_M], tl.float32)
     direct = 0
     if HAS_LIST:
-        index_row = batch * index_batch_step + head * index_head_step + tile // TILES_PER_BLOCK
+        index_row = list_row(batch, head, tile, index_batch_step, index_head_step, QUERY_BLOCK, BLOCK_M)
         direct = tl.load(Direct + index_row).to(tl.int32)
         tiles = tl.load(Count + index_row) * KEY_TILES
         Index += index_row * max_listed
-        block = tl.load(Index, mask=tiles > 0, other=0)
+        block = first_block(Index, tiles)
         for t in range(0, tiles):
-            key_row = block * KEY_BLOCK + (t % KEY_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-            # One tile ahead, so that K and V are not waited for as soon as they are asked for.
-            block = tl.load(Index + tl.minimum(t + 1, tiles - 1) // KEY_TILES)
-            counts = key_row < num_keys
-            if HAS_VALID:
-                counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
+            key_row = tile_rows(block, t, KEY_BLOCK, BLOCK_N)
+            block = block_ahead(Index, t, tiles, KEY_BLOCK, BLOCK_N)
+            counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID)
             key = load_rows(Key, key_row, counts, stride_ks, MASKED, WIDE, D, BLOCK_D)
             value = load_rows(Value, key_row, counts, stride_vs, MASKED, WIDE, D, BLOCK_D)
             phi_key = feature_map(key, FEATURE_MAP, D, BLOCK_D)

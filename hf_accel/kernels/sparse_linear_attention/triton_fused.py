@@ -23,7 +23,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.common.online_softmax import finish
+from hf_accel.kernels.common.block_list import (
+    block_ahead,
+    find_block,
+    first_block,
+    list_row,
+    locate_tile,
+    rows_that_count,
+    tile_rows,
+)
+from hf_accel.kernels.common.online_softmax import add_scores, finish
 from hf_accel.kernels.sparse_linear_attention.triton_steps import (
     add_linear_tile,
     feature_map,
@@ -62,15 +71,7 @@ def attend_and_add(
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(counts[None, :], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
-    base = new_max
-    if MASKED:
-        # While no key has taken part the maximum is -inf, and -inf - -inf is no number.
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.math.exp2(scores * scale - base[:, None])
-    shrink = tl.math.exp2(row_max - base)
-    row_sum = row_sum * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+    row_max, row_sum, acc = add_scores(scores, value, row_max, row_sum, acc, scale, MASKED, PRECISION)
     if SUBTRACT:
         phi_key = feature_map(key, FEATURE_MAP, D, BLOCK_D)
         if MASKED:
@@ -79,7 +80,7 @@ def attend_and_add(
         linear, linear_sum = add_linear_tile(
             phi_query, phi_key.to(operand), value.to(operand), linear, linear_sum, PRECISION
         )
-    return new_max, row_sum, acc, linear, linear_sum
+    return row_max, row_sum, acc, linear, linear_sum
 
 
 @triton.jit(
@@ -140,11 +141,8 @@ def fused_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program per (head, query tile); heads in order, so that programs in flight share K and V in L2."""
-    TILES_PER_BLOCK: tl.constexpr = QUERY_BLOCK // BLOCK_M
     KEY_TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-    pid = tl.program_id(0)
-    group = (pid // (num_query_blocks * TILES_PER_BLOCK)).to(tl.int64)
-    tile = pid % (num_query_blocks * TILES_PER_BLOCK)
+    group, tile = locate_tile(num_query_blocks, QUERY_BLOCK, BLOCK_M)
     first = tile * BLOCK_M
     if first >= num_queries:
         return
@@ -162,7 +160,7 @@ def fused_forward_kernel(
     query = load_rows(Query, row, exists, stride_qs, True, True, D, BLOCK_D)
     phi_query = feature_map(query, FEATURE_MAP, D, BLOCK_D).to(OPERAND)
 
-    index_row = batch * index_batch_step + head * index_head_step + tile // TILES_PER_BLOCK
+    index_row = list_row(batch, head, tile, index_batch_step, index_head_step, QUERY_BLOCK, BLOCK_M)
     count = tl.minimum(tl.load(BlockCount + index_row), max_keep)
     BlockIndex += index_row * max_keep
     # Only the last key block can be ragged. It is found first and taken after the others, wherever it
@@ -170,10 +168,7 @@ def fused_forward_kernel(
     ragged = count
     last_full = num_keys // KEY_BLOCK
     if num_keys % KEY_BLOCK != 0:
-        for i in range(0, count, 128):
-            entry = i + tl.arange(0, 128)
-            ids = tl.load(BlockIndex + entry, mask=entry < count, other=0)
-            ragged = tl.minimum(ragged, tl.min(tl.where((ids == last_full) & (entry < count), entry, count), 0))
+        ragged = find_block(BlockIndex, count, last_full)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -182,16 +177,11 @@ def fused_forward_kernel(
     linear_sum = tl.zeros([BLOCK_M], tl.float32)
     column = tl.arange(0, BLOCK_N)
     tiles = (count - (ragged < count).to(tl.int32)) * KEY_TILES
-    # The block id is loaded one tile ahead and carried in a register: loaded where it is used, it would be
-    # one more stage of Triton's load pipeline, and K and V would be waited for as soon as they are asked for.
-    block = tl.load(BlockIndex + (ragged == 0).to(tl.int32), mask=tiles > 0, other=0)
+    block = first_block(BlockIndex, tiles, ragged)
     for t in range(0, tiles):
-        key_row = block * KEY_BLOCK + (t % KEY_TILES) * BLOCK_N + column
-        entry = tl.minimum(t + 1, tiles - 1) // KEY_TILES
-        block = tl.load(BlockIndex + entry + (entry >= ragged).to(tl.int32))
-        counts = key_row
-        if HAS_VALID:
-            counts = tl.load(KeyValid + batch * num_keys + key_row) != 0
+        key_row = tile_rows(block, t, KEY_BLOCK, BLOCK_N)
+        block = block_ahead(BlockIndex, t, tiles, KEY_BLOCK, BLOCK_N, ragged)
+        counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID, True)
         row_max, row_sum, acc, linear, linear_sum = attend_and_add(
             query, phi_query, Key, Value, key_row, counts, row_max, row_sum, acc, linear, linear_sum,
             stride_ks, stride_vs, scale, SUBTRACT, HAS_VALID, WIDE, FEATURE_MAP, D, BLOCK_D, PRECISION,
@@ -199,9 +189,7 @@ def fused_forward_kernel(
     if ragged < count:
         for first_key in range(last_full * KEY_BLOCK, num_keys, BLOCK_N):
             key_row = first_key + column
-            counts = key_row < num_keys
-            if HAS_VALID:
-                counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
+            counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID)
             row_max, row_sum, acc, linear, linear_sum = attend_and_add(
                 query, phi_query, Key, Value, key_row, counts, row_max, row_sum, acc, linear, linear_sum,
                 stride_ks, stride_vs, scale, SUBTRACT, True, WIDE, FEATURE_MAP, D, BLOCK_D, PRECISION,
@@ -214,17 +202,15 @@ def fused_forward_kernel(
 
     direct = 0
     if HAS_OTHER:
-        other_row = batch * other_batch_step + head * other_head_step + tile // TILES_PER_BLOCK
+        other_row = list_row(batch, head, tile, other_batch_step, other_head_step, QUERY_BLOCK, BLOCK_M)
         direct = tl.load(Direct + other_row).to(tl.int32)
         if direct != 0:
             linear = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             linear_sum = tl.zeros([BLOCK_M], tl.float32)
         OtherIndex += other_row * max_other
         for t in range(0, tl.load(OtherCount + other_row) * KEY_TILES):
-            key_row = tl.load(OtherIndex + t // KEY_TILES) * KEY_BLOCK + (t % KEY_TILES) * BLOCK_N + column
-            counts = key_row < num_keys
-            if HAS_VALID:
-                counts = tl.load(KeyValid + batch * num_keys + key_row, mask=counts, other=0) != 0
+            key_row = tile_rows(tl.load(OtherIndex + t // KEY_TILES), t, KEY_BLOCK, BLOCK_N)
+            counts = rows_that_count(KeyValid, batch, key_row, num_keys, HAS_VALID)
             key = load_rows(Key, key_row, counts, stride_ks, True, WIDE, D, BLOCK_D)
             value = load_rows(Value, key_row, counts, stride_vs, True, WIDE, D, BLOCK_D)
             phi_key = tl.where(counts[:, None], feature_map(key, FEATURE_MAP, D, BLOCK_D), 0.0)

@@ -8,7 +8,6 @@ contiguous tile.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +17,21 @@ import triton.language as tl
 
 from hf_accel.kernels.common.aot import AotCase, make_case
 from hf_accel.kernels.common.online_softmax import attend_rows, finish
-from hf_accel.kernels.common.tile import Tile, attention_tiles, compute_capability, key_layout, precision
+from hf_accel.kernels.common.tile import (
+    LOG2_E,
+    Tile,
+    attention_tiles,
+    compute_capability,
+    key_layout,
+    padded_head_dim,
+    precision,
+)
 from hf_accel.kernels.variable_block_attention.plan import (
     compact_kernel,
     key_units_kernel,
     query_tiles_kernel,
 )
 
-LOG2_E = math.log2(math.e)
 # The lists of kept keys take Sk / run + (run - 1) * Ck integers for every head and query block. Heads are
 # worked through in groups so that they stay below this many bytes.
 LIST_BYTES = 256 * 2**20
@@ -311,6 +317,6 @@ def _constexprs(
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "D": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": padded_head_dim(head_dim),
         "PRECISION": precision(dtype),
     }
