@@ -6,17 +6,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from hf_accel.errors import PresetError
 from hf_accel.presets.files import FILE_ENDINGS, PRESET_FILE, read_file
 from hf_accel.presets.preset import Preset
@@ -73,6 +62,18 @@ def _beside(preset: Preset, place: str) -> Preset:
 
 
 def _download(repo: str, revision: str | None) -> Path:
+    # Here, because they load an HTTP client, which whoever names a method or a file can do without.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     at = f" at revision {revision!r}" if revision is not None else ""
     try:
         return Path(hf_hub_download(repo, PRESET_FILE, revision=revision))
