@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Never
 
 from hf_accel import registry
+from hf_accel.declared import FILE_ENDINGS, NAME_PATTERN
 from hf_accel.errors import InvalidSetting, PresetError, UnknownMethod
 from hf_accel.presets.preset import Match, Preset, Wanted, plain
 
 PRESET_FILE = "hf_accel.yaml"  # in a folder or at the root of a Hub repo
 SCHEMA = 1  # value of the key `hf_accel`; rises when an older reader would misread a file
 MAX_BYTES = 1 << 20  # a preset is a page of text; anything larger is a wrong file
-FILE_ENDINGS = (".yaml", ".yml")
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
 
 def to_yaml(preset: Preset) -> str:

@@ -6,8 +6,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from hf_accel.declared import FILE_ENDINGS
 from hf_accel.errors import PresetError
-from hf_accel.presets.files import FILE_ENDINGS, PRESET_FILE, read_file
+from hf_accel.presets.files import PRESET_FILE, read_file
 from hf_accel.presets.preset import Preset
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*\Z")
