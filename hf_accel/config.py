@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
-
-from huggingface_hub.dataclasses import type_validator
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from hf_accel.errors import InvalidSetting, PresetError
 
@@ -43,6 +42,9 @@ class Config:
     """Base of every method's settings. Subclasses declare fields with :func:`setting`.
 
     ``METHOD`` names the method in error messages and files; ``VERSION`` rises when a field changes meaning.
+    A field annotated as a tuple takes a list, which is how YAML and JSON have tuples, and one annotated as a float a
+    whole number; both also inside of other types (:func:`as_meant`).
+
     huggingface_hub's ``strict`` decorator cannot be used here: it checks in ``__setattr__``, which the
     constructor of a *frozen* dataclass bypasses. Its type checker is used directly instead.
     """
@@ -51,24 +53,23 @@ class Config:
     VERSION: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        types = typing.get_type_hints(type(self))
+        expected = _types_of(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            self._check(field, types[field.name], value)
-            if types[field.name] is float:
-                object.__setattr__(self, field.name, float(value))
+            given = getattr(self, field.name)
+            value = self._checked(field, expected[field.name], given)
+            if value is not given:
+                object.__setattr__(self, field.name, value)
 
-    def _check(self, field: dataclasses.Field, expected: Any, value: Any) -> None:
-        allowed = describe_allowed(field, expected)
-        if expected is float and isinstance(value, int) and not isinstance(value, bool):
-            expected = int  # a whole number is a fine float
-        try:
-            type_validator(field.name, value, expected)
-        except (TypeError, StrictDataclassFieldValidationError) as error:
-            raise InvalidSetting(self.METHOD, field.name, value, allowed) from error
+    def _checked(self, field: dataclasses.Field, expected: Any, given: Any) -> Any:
+        """The value as its annotation means it.
+
+        Raises:
+            InvalidSetting: it is of another type or out of range. Shows what was given.
+        """
+        value = as_meant(given, expected)
+        ok = _fits(value, expected)
         rules = field.metadata
-        ok = True
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if ok and isinstance(value, int | float) and not isinstance(value, bool):
             ok = math.isfinite(value)
             ok &= rules.get("ge") is None or value >= rules["ge"]
             ok &= rules.get("gt") is None or value > rules["gt"]
@@ -78,7 +79,8 @@ class Config:
         if rules.get("choices") is not None:
             ok &= value in rules["choices"]
         if not ok:
-            raise InvalidSetting(self.METHOD, field.name, value, allowed)
+            raise InvalidSetting(self.METHOD, field.name, given, describe_allowed(field, expected))
+        return value
 
     @classmethod
     def build(cls, settings: Mapping[str, Any]) -> Self:
@@ -117,6 +119,59 @@ class Config:
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, checked like any other."""
         return type(self).build({**dataclasses.asdict(self), **changes})
+
+
+def as_meant(value: Any, expected: Any) -> Any:
+    """A value from YAML or JSON as its annotation means it: a list as a tuple where one is expected, a whole number as
+    a float, likewise inside of tuples, lists, dictionaries and unions. What already is what is expected, or cannot
+    become it, comes back as it is.
+    """
+    origin, parts = typing.get_origin(expected) or expected, typing.get_args(expected)
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return value
+    if origin in (typing.Union, types.UnionType):
+        if _fits(value, expected):
+            return value
+        candidates = ((as_meant(value, part), part) for part in parts)
+        return next((candidate for candidate, part in candidates if _fits(candidate, part)), value)
+    new = value
+    if origin is tuple and isinstance(value, list | tuple):
+        of_each = parts if parts[1:] != (...,) else parts[:1] * len(value)
+        if not parts:
+            of_each = (Any,) * len(value)
+        if len(of_each) != len(value):
+            return value
+        new = tuple(map(as_meant, value, of_each))
+    elif origin is list and parts and isinstance(value, list):
+        new = [as_meant(item, parts[0]) for item in value]
+    elif origin is dict and parts and isinstance(value, dict):
+        new = {as_meant(key, parts[0]): as_meant(item, parts[1]) for key, item in value.items()}
+    return value if type(new) is type(value) and _same_items(new, value) else new
+
+
+def _same_items(new: Any, old: Any) -> bool:
+    if isinstance(old, dict):
+        new, old = [*new, *new.values()], [*old, *old.values()]
+    return new is old or (isinstance(old, list | tuple) and all(a is b for a, b in zip(new, old, strict=True)))
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    # Here, because it loads an HTTP client, which whoever only lists the methods can do without.
+    from huggingface_hub.dataclasses import type_validator
+
+    try:
+        type_validator("", value, expected)
+    except TypeError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=256)
+def _types_of(cls: type[Config]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def describe_allowed(field: dataclasses.Field, expected: Any) -> str:

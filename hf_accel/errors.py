@@ -16,15 +16,18 @@ class HFAccelError(Exception):
 
 
 class UnknownMethod(HFAccelError, KeyError):
-    """A name that is neither a registered method nor a shipped preset; the message lists the nearest names."""
+    """A name that is neither a registered method nor a shipped preset; the message lists the nearest names.
 
-    def __init__(self, name: str, known: Iterable[str]):
+    ``left_out`` says why a plug-in of that name cannot be used.
+    """
+
+    def __init__(self, name: str, known: Iterable[str], left_out: str = ""):
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
         self.name, self.near = name, near
         super().__init__(
-            f"{name!r} is neither a method nor a shipped preset. {hint}Known: {', '.join(known) or 'none'}. "
+            f"{name!r} is neither a method nor a shipped preset. {left_out}{' ' if left_out else ''}{hint}Known: {', '.join(known) or 'none'}. "
             "A preset file needs a path with '/' or a '.yaml' ending; a Hub preset needs 'owner/name'."
         )
 

@@ -11,6 +11,7 @@ from hf_accel import registry
 from hf_accel.base import Given, Method
 from hf_accel.errors import (
     NotApplicable,
+    NothingPatched,
     RevertRefused,
 )
 from hf_accel.hosts.clocks.steps import Clock
@@ -79,12 +80,31 @@ def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = Non
         raise NotApplicable(f"{method.name} on {model.name} ({model.class_name}): {reason}.")
     try:
         installation.handle = method.install(model, installation.ledger, report, clock)
+        if not report.patched:
+            raise NothingPatched(_nothing_in_words(installation))
     except BaseException:
         installation.ledger.undo()
         raise
     report.notes += [f"{entry.name} on the model: {entry.note}" for entry in standing(model.module) if entry.note]
     model.module.__dict__.setdefault(MARK, []).append(installation)
     return installation
+
+
+def _nothing_in_words(installation: Installation) -> str:
+    """What a method says of a model in which it patched nothing, and what to do."""
+    report, changes = installation.report, len(installation.ledger)
+    skipped = [f"{one.module or 'the model itself'}: {one.reason}" for one in report.skipped]
+    more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+    told = "; ".join(skipped[:5]) + more if skipped else "it looked at no module, or did not say which"
+    words = f"{report.method} patched nothing in {report.model} ({report.model_class}). Left alone: {told}. "
+    if changes:
+        words += (
+            f"It made {changes} changes through the ledger and reported none, so that nobody could tell what it did; "
+            "they were undone. Its author adds a Patched to report.patched for every module it changes."
+        )
+    else:
+        words += "Give it a model in which there is something to patch; hf_accel.explain(...) says which methods apply."
+    return words
 
 
 def undo(installed: list[tuple[Model, Installation]]) -> list[list[Change]]:

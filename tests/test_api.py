@@ -13,6 +13,7 @@ from hf_accel.composition import conflict
 from hf_accel.config import Config
 from hf_accel.facts import Facts
 from hf_accel.patches.svg2 import SVG2Config
+from hf_accel.report import Patched
 from hf_accel.sites.attention import diffusers as attention_host
 from hf_accel.sites.attention.base import AttentionMethod
 
@@ -253,6 +254,7 @@ def test_revert_in_any_order_with_independent_sites(model, temporary):
 
         def install(self, model, ledger, report, clock):
             ledger.set(model.module, "tagged", True)
+            report.patched.append(Patched(model.name, "", "tag"))
 
     temporary(Tag)
     for first in (0, 1):

@@ -154,3 +154,63 @@ def test_every_method_has_sound_settings(name: str) -> None:
     for field in dataclasses.fields(cls):
         assert field.metadata["help"], f"{name}.{field.name} has no help"
         assert describe_allowed(field, field.type)
+
+
+@dataclass(frozen=True)
+class Shapes(Config):
+    METHOD = "shapes"
+
+    tile: tuple[int, int, int] | None = setting(None, "three counts or nothing")
+    names: str | tuple[str, ...] = setting((), "a name or several")
+    spans: tuple[tuple[int, int], ...] = setting((), "pairs")
+    weights: tuple[float, ...] = setting((), "numbers")
+    by_layer: dict[str, tuple[int, int]] | None = setting(None, "pairs by name")
+    order: list[int] | None = setting(None, "a list, as such")
+    either: list[int] | tuple[int, ...] | None = setting(None, "a list or a tuple or nothing")
+    strength: float | None = setting(None, "a number or nothing", gt=0)
+
+
+LISTS = [
+    ("tile", [1, 2, 3], (1, 2, 3)),
+    ("names", ["a", "b"], ("a", "b")),
+    ("names", "a", "a"),
+    ("spans", [[1, 2], [3, 4]], ((1, 2), (3, 4))),
+    ("spans", ([1, 2],), ((1, 2),)),
+    ("weights", [1, 0.5], (1.0, 0.5)),
+    ("by_layer", {"a": [1, 2]}, {"a": (1, 2)}),
+    ("order", [3, 1], [3, 1]),
+    ("either", [3, 1], [3, 1]),
+    ("strength", 1, 1.0),
+]
+
+
+@pytest.mark.parametrize(("field", "given", "kept"), LISTS)
+def test_a_list_is_a_tuple_where_a_tuple_is_meant_and_only_there(field: str, given: Any, kept: Any) -> None:
+    built = (
+        Shapes(**{field: given}),
+        Shapes.build({field: given}),
+        Shapes().replace(**{field: given}),
+        Shapes.from_dict(yaml.safe_load(yaml.safe_dump({"settings": {field: json.loads(json.dumps(given))}}))),
+    )
+    for config in built:
+        assert repr(getattr(config, field)) == repr(kept)
+        assert Shapes.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_tuple_that_fits_stays_the_same_object() -> None:
+    spans = ((1, 2), (3, 4))
+    assert Shapes(spans=spans).spans is spans
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tile", [1, 2]), ("tile", [1, 2, 3, 4]), ("tile", [1, 2, "3"]), ("tile", [1, 2, True]), ("tile", "123"),
+        ("names", [1]), ("names", {"a": 1}), ("spans", [1, 2]), ("spans", [[1, 2, 3]]), ("weights", [None]),
+        ("by_layer", {"a": [1]}), ("order", (3, 1)), ("strength", 0), ("strength", True), ("strength", 10**400),
+    ],
+)  # fmt: skip
+def test_a_list_that_cannot_be_the_tuple_is_refused_as_it_was_given(field: str, value: Any) -> None:
+    with pytest.raises(InvalidSetting) as caught:
+        Shapes.build({field: value})
+    assert caught.value.value is value

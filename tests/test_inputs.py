@@ -15,6 +15,7 @@ from hf_accel import errors, registry
 from hf_accel.base import Method
 from hf_accel.config import Config, setting
 from hf_accel.facts import Facts
+from hf_accel.report import Patched
 
 
 @pytest.fixture
@@ -36,6 +37,7 @@ def calibrated(monkeypatch):
             if self.given.get("texts") == "bad":
                 raise errors.NotApplicable("bad texts")
             ledger.set(model.module, self.name, self.given)
+            report.patched.append(Patched(model.name, "", "tag"))
 
     class Calibrated(Tag):
         name, inputs = "calibrated", ("texts",)

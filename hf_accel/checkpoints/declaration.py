@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.errors import RepositoryNotFoundError as RepoNotFound
 
 from hf_accel.errors import NotApplicable, WeightsMismatch
 
@@ -74,6 +71,11 @@ def read_declaration(place: str, method: str) -> dict[str, Any]:
     Raises:
         WeightsMismatch: there is none.
     """
+    # Here, because they load an HTTP client, which applying a method without files can do without.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError as RepoNotFound
+
     looked_for = (file_name(method), "config.json")
     for name in looked_for:
         file = Path(place).expanduser() / name

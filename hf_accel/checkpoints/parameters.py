@@ -12,12 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.errors import RepositoryNotFoundError as RepoNotFound
-from huggingface_hub.errors import RevisionNotFoundError as RevisionNotFound
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from hf_accel.errors import WeightsMismatch
 
@@ -38,6 +32,8 @@ def save(
 
     ``together_with`` names a file beside this one with weights of the model that were trained in the same run.
     """
+    from safetensors.torch import save_file
+
     settings = {**settings, "together_with": together_with}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in parameters.items()}
     save_file(tensors, file, metadata={HEADER: json.dumps(settings)})
@@ -60,6 +56,12 @@ def locate(place: str, method: str) -> Path:
             f"{method}: no weights at {place!r}. Give a folder with {file_name(method)}, such a file, or 'owner/name' "
             "of a Hub repo that has one."
         )
+    # Here, because they load an HTTP client, which applying a method without files can do without.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError as RepoNotFound
+    from huggingface_hub.errors import RevisionNotFoundError as RevisionNotFound
+
     try:
         return Path(hf_hub_download(hub["repo"], file_name(method), revision=hub["revision"]))
     except (EntryNotFoundError, RepoNotFound, RevisionNotFound, LocalEntryNotFoundError, HFValidationError) as error:
@@ -87,6 +89,8 @@ def load(
     Raises:
         WeightsMismatch: another method, other settings, layers or shapes. Names both sides.
     """
+    from safetensors import SafetensorError, safe_open
+
     file = locate(place, method)
     try:
         with safe_open(file, framework="pt") as opened:

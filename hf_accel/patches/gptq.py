@@ -101,9 +101,6 @@ class GPTQConfig(Config):
     progress: bool = setting(True, "a bar, block by block")
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude"):
-            if isinstance(getattr(self, name), list):  # as JSON and YAML have it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         super().__post_init__()
         if self.group_size == 0:
             raise InvalidSetting(self.METHOD, "group_size", 0, "positive, or -1 for the whole row")

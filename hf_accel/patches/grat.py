@@ -74,8 +74,6 @@ class GRATConfig(SparseAttentionConfig):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if isinstance(self.group_size, list):  # as JSON and YAML have it
-            object.__setattr__(self, "group_size", tuple(self.group_size))
         super().__post_init__()
         if self.group_size is not None and min(self.group_size) < 1:
             raise InvalidSetting(self.METHOD, "group_size", self.group_size, "three counts of tokens, each >= 1")

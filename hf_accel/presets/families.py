@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import hf_accel
-from hf_accel import registry
 from hf_accel.errors import PresetError
 from hf_accel.hosts.target import Model
 from hf_accel.presets.files import Node, read, read_match, read_method
@@ -115,25 +114,36 @@ def folder() -> Path:
 
 
 @functools.cache
-def variants() -> tuple[Variant, ...]:
-    """All variants of the shipped files, in the order of file names.
+def variants(classes: frozenset[str] | None = None) -> tuple[Variant, ...]:
+    """Variants of the shipped files, in the order of file names: all, or at least those of the models named.
 
     Raises:
-        PresetError: a file breaks the format, or two variants or a method share a name.
+        PresetError: a file breaks the format, or two variants share a name.
     """
-    files = sorted((f for f in folder().iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
     out: list[Variant] = []
-    for file in files:
-        out += parse(file.read_text(encoding="utf-8"), file.name)
+    for file_name, text in _texts().items():
+        # Reading all families takes longer than applying a method; a file that never says a class has none of it.
+        if classes is None or any(name in text for name in classes):
+            out += _variants_in(file_name)
     owner: dict[str, str] = {}
     for variant in out:
         where = f"configs/{variant.family}.yaml"
         if variant.name in owner:
             raise PresetError(f"{where}: the name {variant.name!r} is taken by a variant of {owner[variant.name]}.")
-        if variant.name in registry.methods():
-            raise PresetError(f"{where}: the name {variant.name!r} is taken by a method.")
         owner[variant.name] = where
     return tuple(out)
+
+
+@functools.cache
+def _texts() -> Mapping[str, str]:
+    """The shipped files: name -> text."""
+    files = sorted((f for f in folder().iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {file.name: file.read_text(encoding="utf-8") for file in files}
+
+
+@functools.cache
+def _variants_in(file_name: str) -> tuple[Variant, ...]:
+    return tuple(parse(_texts()[file_name], file_name))
 
 
 def parse(text: str, file_name: str) -> list[Variant]:
@@ -153,7 +163,8 @@ def parse(text: str, file_name: str) -> list[Variant]:
 
 def _matching(model: Model) -> list[Variant]:
     """Variants that describe the model, closest first (the sort is stable: file order breaks ties)."""
-    found = [variant for variant in variants() if variant.match.why_not(model) is None]
+    classes = frozenset(cls.__name__ for cls in type(model.module).__mro__) - {"object", "Module"}
+    found = [variant for variant in variants(classes) if variant.match.why_not(model) is None]
     return sorted(found, key=lambda variant: variant.specificity, reverse=True)
 
 

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Never
 
-import yaml
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
 from hf_accel import registry
+from hf_accel.declared import FILE_ENDINGS, NAME_PATTERN
 from hf_accel.errors import InvalidSetting, PresetError, UnknownMethod
 from hf_accel.presets.preset import Match, Preset, Wanted, plain
 
 PRESET_FILE = "hf_accel.yaml"  # in a folder or at the root of a Hub repo
 SCHEMA = 1  # value of the key `hf_accel`; rises when an older reader would misread a file
 MAX_BYTES = 1 << 20  # a preset is a page of text; anything larger is a wrong file
-FILE_ENDINGS = (".yaml", ".yml")
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
 
 def to_yaml(preset: Preset) -> str:
@@ -30,6 +25,8 @@ def to_yaml(preset: Preset) -> str:
     Raises:
         PresetError: something in it cannot be written, or could not be read back.
     """
+    from hf_accel.presets import dialect  # PyYAML takes its time to load, and most who import this module read no file
+
     data: dict[str, Any] = {"hf_accel": SCHEMA, "name": preset.name}
     if preset.description:
         data["description"] = preset.description
@@ -41,8 +38,8 @@ def to_yaml(preset: Preset) -> str:
     if preset.evidence:
         data["evidence"] = preset.evidence
     try:
-        text = yaml.dump(plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-    except yaml.representer.RepresenterError as error:
+        text = dialect.dump(plain(data))
+    except dialect.RepresenterError as error:
         raise PresetError(
             f"preset {preset.name!r} holds a {type(error.args[1]).__name__}; a file can hold text, numbers, dates, "
             "lists and mappings. Convert it first."
@@ -133,16 +130,13 @@ def read(text: str, file: str) -> Node:
     Raises:
         PresetError: no YAML, a duplicate key, or a schema that this hf_accel does not know.
     """
+    from hf_accel.presets import dialect  # as in to_yaml
+
     if len(text) > MAX_BYTES:
         raise PresetError(f"{file}: {len(text)} characters; a preset has at most {MAX_BYTES}. Is it another file?")
     try:
-        loader = _Loader(text)
-        loader.name = file  # instead of "<unicode string>" in the parser's complaints
-        try:
-            value = loader.get_single_data()
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-31
+        value = dialect.load(text, file)
+    except (dialect.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-31
         raise PresetError(f"{file}: not a readable YAML file: {error}") from error
     root = Node(value, file)
     if not isinstance(value, dict) or "hf_accel" not in value:
@@ -238,6 +232,8 @@ def parse(text: str, label: str) -> Preset:
 
 
 def _read_requires(node: Node) -> str:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet  # few presets say which versions they need
+
     wanted = node.mapping(required=("hf_accel",))["hf_accel"]
     try:
         specifier = SpecifierSet(wanted.text())
@@ -251,45 +247,11 @@ def _read_requires(node: Node) -> str:
 
 
 def _version() -> str:
+    import importlib.metadata  # reads files of every package; wanted in complaints, and where versions are required
+
     return importlib.metadata.version("hf_accel")
 
 
 def shorten(value: Any, width: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without duplicate keys and without aliases (a few lines of nested ones fill the memory)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, "aliases are not allowed in presets", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-# YAML 1.1 as PyYAML reads it takes `1e-4` for text; people write it for a number.
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+\Z"), list("-+.0123456789")
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Safe YAML without anchors, so that :class:`_Loader` reads it back."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True

@@ -6,19 +6,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
+from hf_accel.declared import FILE_ENDINGS
 from hf_accel.errors import PresetError
-from hf_accel.presets.files import FILE_ENDINGS, PRESET_FILE, read_file
+from hf_accel.presets.files import PRESET_FILE, read_file
 from hf_accel.presets.preset import Preset
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*\Z")
@@ -73,6 +63,18 @@ def _beside(preset: Preset, place: str) -> Preset:
 
 
 def _download(repo: str, revision: str | None) -> Path:
+    # Here, because they load an HTTP client, which whoever names a method or a file can do without.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     at = f" at revision {revision!r}" if revision is not None else ""
     try:
         return Path(hf_hub_download(repo, PRESET_FILE, revision=revision))

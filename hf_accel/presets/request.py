@@ -59,15 +59,14 @@ def _read(target: Target, item: Any, revision: str | None, settings: dict[str, A
             f"A method is given by name, as a Config, as {{name: settings}}, or as a list of these; got "
             f"{type(item).__name__}."
         )
-    shipped = families.shipped_presets()
     if loading.is_reference(item):
         loaded = loading.load(item, revision)
-    elif item in shipped and item not in registry.methods():
-        loaded = shipped[item]
+    elif item not in registry.methods() and item in families.shipped_presets():
+        loaded = families.shipped_presets()[item]
     else:
         if revision is not None:
             raise InvalidSetting("apply", "revision", revision, "given with a Hub preset 'owner/name'")
-        registry.get(item, also_known=tuple(shipped))
+        _check_is_method(item)
         return [(item, _named(target, item, settings))]
     if settings:
         raise InvalidSetting(
@@ -82,6 +81,24 @@ def _read(target: Target, item: Any, revision: str | None, settings: dict[str, A
             + "; ".join(f"{n}: {r}" for n, r in reasons.items())
         )
     return [(w.method, {m.name: w for m in suited}) for w in loaded.wanted]
+
+
+def _check_is_method(name: str) -> None:
+    """
+    Raises:
+        UnknownMethod: it is none.
+        Conflict: it is one of an outsider, and a shipped preset too.
+    """
+    known = registry.methods()
+    if name not in known:
+        raise registry.unknown(name, also_known=tuple(families.shipped_presets()))
+    where = known[name].__module__
+    # That none of ours has the name of a preset is tested, so that nobody waits for all presets to be read.
+    if where.partition(".")[0] != "hf_accel" and name in families.shipped_presets():
+        raise Conflict(
+            f"{name!r} is a shipped preset and a method of {where}. For the method pass its Config; for the preset copy "
+            f"it to a file and give the path. The author of {where} should rename the method."
+        )
 
 
 def _named(target: Target, name: str, settings: dict[str, Any]) -> PerModel:

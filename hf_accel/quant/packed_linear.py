@@ -230,7 +230,6 @@ class PackedLinear(nn.Module):
             return None
         return self.in_features if self.group_size == -1 else self.group_size
 
-    @torch.compiler.assume_constant_result
     def _inspect(self) -> None:
         """Look at ``g_idx`` if it is another one than last time; while a graph is traced, at the real one."""
         version = -1 if self.g_idx.is_inference() else self.g_idx._version
@@ -238,6 +237,10 @@ class PackedLinear(nn.Module):
             expected = group_index(self.in_features, self.group_size, self.g_idx.device)
             self._neighbours = self.g_idx.is_meta or torch.equal(self.g_idx, expected)
             self._inspected, self._inspected_version = self.g_idx, version
+
+    # All that torch.compiler.assume_constant_result does; the decorator itself loads dynamo, two seconds that someone who
+    # compiles nothing need not wait.
+    _inspect._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _kernel_scales(self) -> torch.Tensor:
         """Kernels take no fp64 scales, which a module that was moved to fp64 holds; they came from fewer bits."""

@@ -417,6 +417,12 @@ def test_every_variant_is_a_shipped_preset_without_its_source() -> None:
     assert "in_channels is 36, not 16" in str(shipped["wan2.1-t2v-14b-720p"].why_not(small))
 
 
+def test_the_files_that_say_a_class_have_all_its_variants() -> None:
+    for variant in VARIANTS.values():
+        assert variant in families.variants(frozenset({variant.match.model_class}))
+    assert families.variants(frozenset({"NoSuchModel"})) == ()
+
+
 def test_the_files_travel_with_the_package() -> None:
     folder = families.folder()
     assert {f"{v.family}.yaml" for v in VARIANTS.values()} == {f.name for f in folder.iterdir()}
@@ -488,7 +494,7 @@ def test_the_closest_variant_wins_and_of_equals_the_first(monkeypatch: pytest.Mo
         ]
     )
     found = tuple(families.parse(text, "one.yaml"))
-    monkeypatch.setattr(families, "variants", lambda: found)
+    monkeypatch.setattr(families, "variants", lambda classes=None: found)
 
     def name(**config: Any) -> str:
         best = families.recommend(Model("transformer", type("Denoiser", (Checkpoint,), {})(config)))

@@ -66,7 +66,7 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> Any:
     """mini-llama's configuration and random weights; both it and its file with one layer, for the sake of time."""
     file = families.folder() / "mini-llama.yaml"
     found = tuple(families.parse(file.read_text().replace("num_hidden_layers: 6", "num_hidden_layers: 1"), file.name))
-    monkeypatch.setattr(families, "variants", lambda: found)
+    monkeypatch.setattr(families, "variants", lambda classes=None: found)
     families.shipped_presets.cache_clear()
     yield lambda cls=LlamaForCausalLM: mini(cls, num_hidden_layers=1)
     families.shipped_presets.cache_clear()

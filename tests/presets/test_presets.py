@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hub_server import HubServer
 from hf_accel.errors import InvalidSetting, PresetError, UnknownMethod
 from hf_accel.hosts.target import Model
 from hf_accel.patches.svg2 import SVG2Config
-from hf_accel.presets import files, loading
+from hf_accel.presets import files
 from hf_accel.presets.files import PRESET_FILE, dump, to_yaml
 from hf_accel.presets.loading import is_reference, load
 from hf_accel.presets.preset import Match, Preset, Wanted
@@ -307,7 +308,7 @@ def test_a_missing_path_is_never_looked_for_on_the_hub(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("asked the Hub")
 
-    monkeypatch.setattr(loading, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PresetError, match=r"No preset file .* Give an existing path, or 'owner/name'"):
         load(reference)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from hf_accel.attention.call import AttentionCall
 from hf_accel.errors import InvalidSetting
@@ -37,6 +36,8 @@ class HeadSettings:
 
 def read_thresholds(path: str) -> dict[str, Any]:
     """The table in a YAML or JSON file: bare, or the ``sparge`` entry of a preset as ``calibrate`` writes it."""
+    import yaml  # takes its time to load, and few settings name a file
+
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
