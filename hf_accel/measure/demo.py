@@ -14,7 +14,6 @@ from hf_accel.hosts.loading import load_pipeline
 from hf_accel.measure.compare import DENSE, Comparison, compare
 from hf_accel.measure.pictures import write_density_map
 from hf_accel.measure.sampling import attention_runs, generate
-from hf_accel.zoo import path
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,9 @@ class Miniature:
 
     def load(self) -> Any:
         """The pipeline in fp32, on the GPU if there is one."""
-        return load_pipeline(path(self.name), torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
+        from hf_accel import zoo  # a distribution of its own: the rest of the command line works without it
+
+        return load_pipeline(zoo.path(self.name), torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 MINI_WAN = Miniature(
