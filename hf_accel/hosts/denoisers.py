@@ -15,6 +15,7 @@ import torch
 
 from hf_accel.attention.call import TextPlace
 from hf_accel.facts import Medium
+from hf_accel.hosts.walk import named_modules
 
 Arguments = Mapping[str, Any]
 Dims = tuple[int, int, int]
@@ -59,7 +60,7 @@ class Denoiser:
     def attentions(self, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
         """Video self-attention modules in execution order."""
         patterns = [re.compile(pattern + r"\Z") for pattern in self.self_attention]
-        named = list(module.named_modules())
+        named = list(named_modules(module))
         return [(name, sub) for pattern in patterns for name, sub in named if pattern.match(name)]
 
 

@@ -18,6 +18,7 @@ import torch
 
 from hf_accel.facts import HOSTS, Host
 from hf_accel.hosts.target import is_a
+from hf_accel.hosts.walk import modules
 
 _REGISTRY = "_diffusers_hook"
 
@@ -33,6 +34,7 @@ class Foreign:
         hosts: kinds of networks it is found on, of those that a method takes.
         off: what the user writes to take it off.
         seen: ``module -> bool``, whether it stands on this one submodule.
+        trace: attribute of a submodule's own without which it does not stand there; empty: the submodule's class tells.
         hooks: names of its diffusers hooks.
         replaces_forward: it overrides the ``forward`` of the whole model.
         reads_places: it computes on where tokens stand, so that they must stand in raster order.
@@ -45,6 +47,7 @@ class Foreign:
     hosts: frozenset[Host]
     off: str
     seen: Callable[[Any], bool]
+    trace: str
     hooks: tuple[str, ...] = ()
     replaces_forward: bool = False
     reads_places: bool = False
@@ -60,7 +63,16 @@ class Foreign:
 
 def standing(module: torch.nn.Module) -> list[Foreign]:
     """What of :data:`FOREIGN` stands on a model (or anywhere inside it), in the order of the table."""
-    found = {entry.name for sub in module.modules() for entry in FOREIGN if entry.seen(sub)}
+    found: set[str] = set()
+    classes: set[type] = set()
+    for sub in modules(module):
+        own, cls = sub.__dict__, type(sub)
+        for trace, entries in _BY_TRACE.items():
+            if trace in own:
+                found.update(entry.name for entry in entries if entry.seen(sub))
+        if cls not in classes:
+            classes.add(cls)
+            found.update(entry.name for entry in _BY_CLASS if entry.seen(sub))
     return [entry for entry in FOREIGN if entry.name in found]
 
 
@@ -92,6 +104,7 @@ def _cache(
         frozenset(hosts),
         "model.disable_cache()",
         _hooked(*hooks),
+        _REGISTRY,
         hooks,
         note=note or "attention that it skips is neither computed nor counted",
         **facts,
@@ -187,6 +200,7 @@ FOREIGN: tuple[Foreign, ...] = (
         frozenset({"unet"}),
         "helper.disable()",
         _deepcache_package,
+        "forward",
         replaces_forward=True,
         note="attention that it skips is neither computed nor counted",
     ),
@@ -197,6 +211,7 @@ FOREIGN: tuple[Foreign, ...] = (
         HOSTS,
         "model.delete_adapters(...)",
         _adapter,
+        "",
     ),
     Foreign(
         "torch.compile",
@@ -205,6 +220,7 @@ FOREIGN: tuple[Foreign, ...] = (
         HOSTS,
         "not needed",
         _compiled,
+        "_compiled_call_impl",
     ),
     Foreign(
         "CPU offload",
@@ -213,6 +229,7 @@ FOREIGN: tuple[Foreign, ...] = (
         HOSTS,
         "pipe.remove_all_hooks()",
         _offloaded,
+        "_hf_hook",
     ),
     Foreign(
         "group offload",
@@ -221,8 +238,15 @@ FOREIGN: tuple[Foreign, ...] = (
         frozenset({"transformer", "unet"}),
         "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model).remove_hook('group_offloading')",
         _offloaded_by_blocks,
+        _REGISTRY,
         replaces_forward=True,
     ),
 )
 
+# A model has a thousand modules, of which nearly all carry nothing of anybody's: they are asked for traces only.
+_BY_CLASS = tuple(entry for entry in FOREIGN if not entry.trace)
+_BY_TRACE = {
+    trace: tuple(entry for entry in FOREIGN if entry.trace == trace)
+    for trace in dict.fromkeys(entry.trace for entry in FOREIGN if entry.trace)
+}
 _READERS = tuple(entry for entry in FOREIGN if entry.reads_places)

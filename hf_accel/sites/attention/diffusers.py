@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from hf_accel.hosts.clocks.steps import Announcement, Clock
 from hf_accel.hosts.denoisers import DENOISERS, describe
 from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model, kind
+from hf_accel.hosts.walk import with_attribute
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched, Skipped
 from hf_accel.sites.attention import transformers as language
@@ -94,7 +96,8 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
     run = AttentionStatistics()
     report.run = run
     context = AttentionSeam(spec, [name for name, _ in usable], core, clock, run)
-    shared = _shared_processors(model.module)
+    processors = with_attribute(model.module, "processor")
+    shared = _shared(processor for _, _, processor in processors)
     for index, (name, attention) in enumerate(usable):
         if _dispatches(attention.processor):
             _patch_dispatch(attention, index, context, ledger, clone=id(attention.processor) in shared)
@@ -104,10 +107,11 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
             how = "attention through scaled_dot_product_attention"
         ledger.pre_hook(attention, LayerHook(context, index))
         report.patched.append(Patched(model.name, name, how))
-    others = [n for n, m in model.module.named_modules() if getattr(m, "processor", None) is not None]
     taken = {name for name, _ in found}
     report.skipped += [
-        Skipped(model.name, n, "no self-attention over video or image tokens") for n in others if n not in taken
+        Skipped(model.name, name, "no self-attention over video or image tokens")
+        for name, _, _ in processors
+        if name not in taken
     ]
     ledger.pre_hook(model.module, RootHook(context))
     ledger.post_hook(model.module, EndHook(context))
@@ -121,14 +125,9 @@ def _dispatches(processor: Any) -> bool:
     return hasattr(processor, "_attention_backend")
 
 
-def _shared_processors(module: torch.nn.Module) -> set[int]:
+def _shared(processors: Iterable[object]) -> set[int]:
     """Identities of processor objects that several modules use (``set_attn_processor(single_object)``)."""
-    seen: dict[int, int] = {}
-    for sub in module.modules():
-        processor = getattr(sub, "processor", None)
-        if processor is not None:
-            seen[id(processor)] = seen.get(id(processor), 0) + 1
-    return {identity for identity, uses in seen.items() if uses > 1}
+    return {identity for identity, uses in Counter(map(id, processors)).items() if uses > 1}
 
 
 # -- what the pipeline tells ---------------------------------------------------------------------------------------
