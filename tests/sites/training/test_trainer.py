@@ -154,7 +154,7 @@ def test_moments_are_codes_between_steps_and_plain_in_checkpoints(tmp_path):
 
 def test_save_and_resume_with_a_schedule_and_an_order(tmp_path):
     names = ["toy-schedule", "toy-order"]
-    t, whole = trained(tmp_path, *names, save_strategy="steps", save_steps=3)
+    _, whole = trained(tmp_path, *names, save_strategy="steps", save_steps=3)
     resumed = trainer(tmp_path)
     hf_accel.apply(resumed, names)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -199,7 +199,7 @@ def test_undo_in_the_middle_is_refused_and_nothing_is_undone(tmp_path, event):
     def act():
         before = fingerprint(t)
         for undo in (applied.revert, lambda: hf_accel.revert(t), lambda: hf_accel.apply(t, "toy-schedule", low=0.5)):
-            with pytest.raises(errors.RevertRefused, match="under way.*Nothing was changed") as refused:
+            with pytest.raises(errors.RevertRefused, match=r"under way.*Nothing was changed") as refused:
                 undo()
             refusals.append(str(refused.value))
         assert fingerprint(t) == before
