@@ -7,13 +7,13 @@ from typing import Any
 
 from hf_accel import registry
 from hf_accel.base import Method
-from hf_accel.composition import Explanation, Pair, Party, Verdict, conflict, pairs_among, takes
+from hf_accel.composition import Explanation, Pair, Party, Verdict, conflict, misplaced, pairs_among, takes, why_not
 from hf_accel.errors import (
     Conflict,
     HFAccelError,
     NotApplicable,
 )
-from hf_accel.hosts.foreign import standing
+from hf_accel.hosts.foreign import Foreign, standing
 from hf_accel.hosts.target import Model, Target, resolve
 from hf_accel.installing import Installation, install, marks_of, undo
 from hf_accel.presets import families
@@ -62,12 +62,13 @@ class Applied:
         """Undo these methods exactly. A second call does nothing.
 
         Raises:
-            RevertRefused: somebody changed the same attribute later; nothing was undone.
+            RevertRefused: somebody changed the same attribute later, or a training with a recipe is under way; nothing
+            was undone.
         """
         undo(self._standing())
 
     def _standing(self) -> list[tuple[Model, Installation]]:
-        return [(m, i) for m, i in self._installed if any(i is other for other in marks_of(m.module))]
+        return [(m, i) for m, i in self._installed if any(i is other for other in marks_of(m.carrier))]
 
     def __enter__(self) -> Applied:
         return self
@@ -84,7 +85,8 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
     """Put one or more methods on a loaded model.
 
     Args:
-        target: a diffusers pipeline, a diffusers or transformers model, or a ``PeftModel``.
+        target: a diffusers pipeline, a diffusers or transformers model, or a ``PeftModel``; or a training, which is a
+            transformers ``Trainer`` or one of ours: recipes stand on it, patches on the network it trains.
         method: a method's name; a shipped preset's name; a preset file; ``"owner/name"`` of a preset on the Hub;
             a :class:`~hf_accel.config.Config`; ``{name: settings}``; or a list of these. None takes what the
             shipped ``configs/`` recommend for this very model.
@@ -100,7 +102,8 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
         UnknownMethod: no such method or preset; names the nearest.
         InvalidSetting: a setting of the wrong type or range.
         PresetError: a preset that cannot be read.
-        NotApplicable: no model in ``target`` suits a method.
+        NotApplicable: no model in ``target`` suits a method; a recipe without a training; a surgery, which
+            :func:`~hf_accel.converting.convert` takes.
         NothingPatched: a suitable model in which nothing could be patched.
         Conflict: the methods exclude each other, or one already on the model.
 
@@ -122,7 +125,7 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
             refusals.append(f"{name}: " + "; ".join(reasons))
         plan += fits
     if refusals:
-        fitting = [n for n, cls in registry.methods().items() if any(cls.why_not(m) is None for m in found.models)]
+        fitting = [n for n, cls in registry.methods().items() if any(why_not(cls, m) is None for m in found.models)]
         instead = f"Methods that fit: {', '.join(fitting)}. " if fitting else ""
         raise NotApplicable(
             f"{found.description} suits no method asked for. {' | '.join(refusals)}. {instead}"
@@ -134,22 +137,24 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
 
 
 def revert(target: Any) -> None:
-    """Take every hf_accel method off a pipeline or model (also off a deep copy of a patched one).
+    """Take every hf_accel method off a pipeline or model (also off a deep copy of a patched one), or off a training and
+    its network.
 
     Raises:
-        RevertRefused: somebody changed the same attribute later; nothing was undone.
+        RevertRefused: somebody changed the same attribute later, or a training with a recipe is under way; nothing was
+            undone.
         NotApplicable: ``target`` is no pipeline or model.
     """
-    undo([(model, i) for model in resolve(target).models for i in marks_of(model.module)])
+    undo([(model, i) for model in resolve(target).models for i in marks_of(model.carrier)])
 
 
 def applied_methods(target: Any) -> list[tuple[str, str]]:
-    """What stands on a pipeline or model: (component name, method), in order of installation.
+    """What stands on a pipeline, model or training: (component name, method), in order of installation.
 
     Raises:
         NotApplicable: ``target`` is no pipeline or model.
     """
-    return [(model.name, i.method.name) for model in resolve(target).models for i in marks_of(model.module)]
+    return [(model.name, i.method.name) for model in resolve(target).models for i in marks_of(model.carrier)]
 
 
 def methods() -> dict[str, dict[str, str]]:
@@ -176,13 +181,13 @@ def explain(target: Any) -> Explanation:
     out = Explanation(_verdict(found, name, cls) for name, cls in registry.methods().items())
     pairs: dict[tuple[str, str], Pair] = {}
     for model in found.models:
-        there = [type(i.method) for i in marks_of(model.module)]
-        foreign = standing(model.module)
+        there = [type(i.method) for i in marks_of(model.carrier)]
+        foreign = _foreign(model)
         out.standing += [(model.name, owner.name) for owner, _ in _owners(model)]
         takers = [
             cls
             for cls in registry.methods().values()
-            if cls in there or cls.why_not(model) is None or _taken_by_other(model, cls)
+            if cls in there or why_not(cls, model) is None or _taken_by_other(model, cls)
         ]
         for pair in pairs_among(takers, foreign):
             pairs.setdefault((pair.first, pair.second), pair)
@@ -191,17 +196,31 @@ def explain(target: Any) -> Explanation:
 
 
 def _verdict(target: Target, name: str, cls: type[Method]) -> Verdict:
-    reasons = {m.name: _why_not_now(m, cls) for m in target.models}
-    fitting = [m for m in target.models if reasons[m.name] is None]
+    if cls.facts.kind == "surgery":
+        return _verdict_on_surgery(target, name, cls)
+    places = [m for m in target.models if misplaced(cls, m) is None] or list(target.models)
+    reasons = {m.name: _why_not_now(m, cls) for m in places}
+    fitting = [m for m in places if reasons[m.name] is None]
     if not fitting:
         return Verdict(name, False, "; ".join(dict.fromkeys(r for r in reasons.values() if r)))
     known = next((w for m in fitting if (w := families.settings_for(m, name)) is not None), None)
     where = ", ".join(f"{m.name} ({m.class_name})" for m in fitting)
     origin = known.origin if known is not None else "the method's defaults; no tuned settings for this model"
     settings = known.config.to_dict()["settings"] if known is not None else {}
-    again = any(cls is type(i.method) for m in fitting for i in marks_of(m.module))
+    again = any(cls is type(i.method) for m in fitting for i in marks_of(m.carrier))
     stands = "; it is there already and would be replaced" if again else ""
     return Verdict(name, True, f"on {where}; settings from {origin}{stands}", settings)
+
+
+def _verdict_on_surgery(target: Target, name: str, cls: type[Method]) -> Verdict:
+    """Not to be applied, and what it does say of the networks."""
+    networks = [m for m in target.models if m.trainer is None]
+    reasons = {m.name: cls.why_not(m) for m in networks}
+    suited = [f"{m.name} ({m.class_name})" for m in networks if reasons[m.name] is None]
+    if not suited:
+        return Verdict(name, False, "; ".join(dict.fromkeys(r for r in reasons.values() if r)))
+    words = f"{misplaced(cls, networks[0])}; it suits {', '.join(suited)}"
+    return Verdict(name, False, words)
 
 
 # -- what is wanted ------------------------------------------------------------------------------------------------
@@ -209,14 +228,16 @@ def _verdict(target: Target, name: str, cls: type[Method]) -> Verdict:
 
 def _fitting(target: Target, per_model: PerModel, asked: Iterable[str]) -> tuple[list[tuple[Model, Wanted]], list[str]]:
     fits, reasons = [], []
-    for model in target.models:
+    cls = registry.get(next(iter(per_model.values())).method)
+    # On a training, patches look at its network and recipes at the training; if nothing is theirs, all say why.
+    places = [model for model in target.models if misplaced(cls, model) is None] or list(target.models)
+    for model in places:
         wanted = per_model.get(model.name)
         if wanted is None:
             continue
         # A method that stands there already does not stand in its own way: it will be replaced.
-        cls = registry.get(wanted.method)
-        standing = any(i.method.name == wanted.method for i in marks_of(model.module))
-        reason = None if standing else cls.why_not(model)
+        standing = any(i.method.name == wanted.method for i in marks_of(model.carrier))
+        reason = None if standing else why_not(cls, model)
         # What it stands on comes in the same request: asked again when that is there, see _put.
         if reason is None or _taken_by_other(model, cls) or cls.stands_on.intersection(asked):
             fits.append((model, wanted))
@@ -237,13 +258,18 @@ def _check_each_other(types: list[type[Method]]) -> None:
 
 def _owners(model: Model) -> list[tuple[Party, str]]:
     """What stands on a model, ours and foreign, each with how to take it off."""
-    ours: list[tuple[Party, str]] = [(type(i.method), "hf_accel.revert(...)") for i in marks_of(model.module)]
-    return ours + [(entry, entry.how_to_remove(model.module, model.name)) for entry in standing(model.module)]
+    ours: list[tuple[Party, str]] = [(type(i.method), "hf_accel.revert(...)") for i in marks_of(model.carrier)]
+    return ours + [(entry, entry.how_to_remove(model.module, model.name)) for entry in _foreign(model)]
+
+
+def _foreign(model: Model) -> list[Foreign]:
+    """What others put on a network; what they put on a training is not known by name."""
+    return standing(model.module) if model.trainer is None else []
 
 
 def _refusal(model: Model, cls: type[Method]) -> str | None:
     """Why a method cannot join what stands on a model, and what to do; None if it can."""
-    if not takes(cls, model.module):
+    if misplaced(cls, model) is not None or not takes(cls, model.module):
         return None
     for owner, off in _owners(model):
         if (reason := conflict(cls, owner)) is not None:
@@ -260,9 +286,9 @@ def _why_not_now(model: Model, cls: type[Method]) -> str | None:
     refusal = _refusal(model, cls)
     if refusal is not None:
         return refusal.rstrip(".")
-    if any(cls is type(i.method) for i in marks_of(model.module)):
+    if any(cls is type(i.method) for i in marks_of(model.carrier)):
         return None
-    return cls.why_not(model)
+    return why_not(cls, model)
 
 
 def _check_present(plan: list[tuple[Model, Wanted]]) -> None:

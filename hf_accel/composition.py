@@ -19,6 +19,7 @@ from hf_accel.facts import HOSTS_OF, Host, Medium, overlap, place_in_words
 from hf_accel.hosts.denoisers import describe
 from hf_accel.hosts.foreign import FOREIGN, Foreign
 from hf_accel.hosts.networks import host_of
+from hf_accel.hosts.target import Model
 
 Party = type[Method] | Foreign
 
@@ -55,11 +56,36 @@ def conflict(a: Party, b: Party) -> str | None:
 
 def takes(cls: type[Method], module: torch.nn.Module) -> bool:
     """Whether a method is meant for this kind of network, by its facts alone."""
+    if cls.facts.kind == "recipe" and not cls.facts.hosts:
+        return True
     spec, host = describe(module), host_of(module)
     if spec is None and host == "unet" and "attention" in cls.facts.sites:
         return False  # nobody reads its tokens
     shown = {spec.medium} if spec is not None else set(HOSTS_OF)
     return any(place == host and medium in shown for place, medium in cls.facts.places)
+
+
+def misplaced(cls: type[Method], model: Model) -> str | None:
+    """Why a method of this kind cannot be put on this part of a target, in words; None if it can.
+
+    A patch belongs on a network, a recipe on a training, and a surgery on nothing.
+    """
+    kind = cls.facts.kind
+    if kind == "surgery":
+        return f"it is a surgery, which gives back a new model: hf_accel.convert(model, {cls.name!r})"
+    if kind == "recipe" and model.trainer is None:
+        return (
+            f"it is a recipe of a training, and a {model.class_name} is none: pass what trains it, a transformers "
+            f"Trainer or hf_accel's Finetuner or RCDTrainer: hf_accel.apply(trainer, {cls.name!r})"
+        )
+    if kind == "patch" and model.trainer is not None:
+        return "it is a patch, which goes on the network that is trained"
+    return None
+
+
+def why_not(cls: type[Method], model: Model) -> str | None:
+    """Why a method cannot be put on this part of a target, by its kind or by its own word; None if it can."""
+    return misplaced(cls, model) or cls.why_not(model)
 
 
 def sites_of(party: Party) -> frozenset[str]:
@@ -77,6 +103,8 @@ def _places(party: Party) -> frozenset[tuple[Host, Medium]]:
 
 def hosts_in_words(party: Party) -> str:
     """The kinds of networks of a method, or of something foreign, for people."""
+    if not isinstance(party, Foreign) and party.facts.kind == "recipe" and not party.facts.hosts:
+        return "any training"
     if isinstance(party, Foreign):
         return ", ".join(sorted(party.hosts)) or "none that a method takes"
     media: dict[Host, list[str]] = {}

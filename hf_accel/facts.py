@@ -167,5 +167,8 @@ class Facts:
 
     @property
     def places(self) -> frozenset[tuple[Host, Medium]]:
-        """The kinds of networks it works on, each with what their tokens show."""
+        """The kinds of networks it works on, each with what their tokens show. A recipe stands on a training, whatever
+        is trained, unless it names hosts."""
+        if self.kind == "recipe":
+            return frozenset((host, medium) for host in self.hosts or HOSTS for medium in HOSTS_OF)
         return frozenset((host, medium) for medium in self.media for host in self.hosts or HOSTS_OF[medium])

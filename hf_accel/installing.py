@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hf_accel import registry
 from hf_accel.base import Given, Method
 from hf_accel.errors import (
@@ -32,21 +30,21 @@ class Installation:
     handle: Any = None
 
 
-def installed(module: torch.nn.Module) -> tuple[Installation, ...]:
-    """What stands on a model (not a pipeline), in the order of application."""
-    return tuple(marks_of(module))
+def installed(carrier: Any) -> tuple[Installation, ...]:
+    """What stands on a model (not a pipeline) or on a training, in the order of application."""
+    return tuple(marks_of(carrier))
 
 
-def marks_of(module: torch.nn.Module) -> list[Installation]:
-    return module.__dict__.get(MARK, [])
+def marks_of(carrier: Any) -> list[Installation]:
+    return carrier.__dict__.get(MARK, [])
 
 
 def install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Model, Installation]]:
     replaced = [
-        (model, old) for model, wanted in plan for old in marks_of(model.module) if old.method.name == wanted.method
+        (model, old) for model, wanted in plan for old in marks_of(model.carrier) if old.method.name == wanted.method
     ]
     # Put back as they are, not made anew, if what replaces them fails: some took hours, or were trained since.
-    standing = [(model, marks_of(model.module), [*marks_of(model.module)]) for model, _ in replaced]
+    standing = [(model, marks_of(model.carrier), [*marks_of(model.carrier)]) for model, _ in replaced]
     undone = undo(replaced)
     # One clock per method, shared by the models of a pipeline: every installation accounts for every forward itself.
     clocks = {wanted.method: Clock(target.pipeline) for _, wanted in plan}
@@ -62,7 +60,7 @@ def install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Mode
             old.ledger.redo(changes)
         for model, marks, before in standing:
             marks[:] = before
-            model.module.__dict__[MARK] = marks
+            model.carrier.__dict__[MARK] = marks
         raise
     return done
 
@@ -85,8 +83,9 @@ def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = Non
     except BaseException:
         installation.ledger.undo()
         raise
-    report.notes += [f"{entry.name} on the model: {entry.note}" for entry in standing(model.module) if entry.note]
-    model.module.__dict__.setdefault(MARK, []).append(installation)
+    foreign = standing(model.module) if model.trainer is None else []
+    report.notes += [f"{entry.name} on the model: {entry.note}" for entry in foreign if entry.note]
+    model.carrier.__dict__.setdefault(MARK, []).append(installation)
     return installation
 
 
@@ -120,8 +119,8 @@ def undo(installed: list[tuple[Model, Installation]]) -> list[list[Change]]:
     undone = []
     for model, installation in reversed(installed):
         undone.append(installation.ledger.undo())
-        marks = marks_of(model.module)
+        marks = marks_of(model.carrier)
         marks[:] = [other for other in marks if other is not installation]
         if not marks:
-            model.module.__dict__.pop(MARK, None)
+            model.carrier.__dict__.pop(MARK, None)
     return undone[::-1]

@@ -1,4 +1,4 @@
-"""From what the user holds (pipeline, model, PeftModel, compiled model) to the modules that methods work on."""
+"""From what the user holds (pipeline, model, PeftModel, compiled model, training) to what methods work on."""
 
 from __future__ import annotations
 
@@ -17,14 +17,26 @@ DENOISER_COMPONENTS = ("transformer", "transformer_2", "transformer_3", "unet", 
 
 @dataclass(frozen=True)
 class Model:
-    """One network methods may be put on: its component name in the pipeline (``"model"`` outside one)."""
+    """One network methods may be put on, or one training that recipes may be put on.
+
+    Attributes:
+        name: its component name in the pipeline; ``"model"`` outside one, ``"trainer"`` for a training.
+        module: the network; of a training, the one that is trained.
+        trainer: the training itself, a transformers ``Trainer`` or a loop of ours; None for a network.
+    """
 
     name: str
     module: torch.nn.Module
+    trainer: Any = None
+
+    @property
+    def carrier(self) -> Any:
+        """What methods are put on, and what remembers those that stand on it: the training, else the network."""
+        return self.module if self.trainer is None else self.trainer
 
     @property
     def class_name(self) -> str:
-        return type(self.module).__name__
+        return type(self.carrier).__name__
 
     @property
     def config(self) -> dict[str, Any]:
@@ -51,22 +63,24 @@ class Target:
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    """The network inside ``torch.compile`` and peft wrappers: the instance that is really called."""
+    """The network inside the wrappers of ``torch.compile``, DDP and peft: the instance that is really called."""
     inner: Any = module
     while True:
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         elif is_a(inner, "peft", "PeftModel"):
             inner = inner.get_base_model()
+        elif isinstance(inner, torch.nn.parallel.DistributedDataParallel):
+            inner = inner.module
         else:
             return inner
 
 
 def resolve(obj: Any) -> Target:
-    """Find the networks in what the user handed over.
+    """Find the networks in what the user handed over; in a training, its network and the training itself.
 
     Raises:
-        NotApplicable: the object is no pipeline or model, or holds nothing that methods work on.
+        NotApplicable: the object is no pipeline, model or training, or holds nothing that methods work on.
     """
     if isinstance(obj, torch.nn.Module):
         module = unwrap(obj)
@@ -84,8 +98,17 @@ def resolve(obj: Any) -> Target:
                 f"{', '.join(DENOISER_COMPONENTS)}; found {', '.join(sorted(components)) or 'none'}."
             )
         return Target(type(obj).__name__, models, weakref.ref(obj))
+    if is_training(obj):
+        if not isinstance(obj.model, torch.nn.Module):
+            raise NotApplicable(
+                f"{type(obj).__name__} has no model yet, so there is nothing to train; got {type(obj.model).__name__}. "
+                "Give it one first."
+            )
+        network = unwrap(obj.model)
+        return Target(type(obj).__name__, (Model("model", network), Model("trainer", network, obj)))
     raise NotApplicable(
-        f"Expected a diffusers pipeline, a diffusers or transformers model, or a PeftModel; got "
+        f"Expected a diffusers pipeline, a diffusers or transformers model, a PeftModel, or a training (transformers' "
+        f"Trainer, hf_accel's Finetuner or RCDTrainer); got "
         f"{type(obj).__module__}.{type(obj).__name__}. Load the model first and pass the object itself."
     )
 
@@ -103,6 +126,17 @@ def kind(module: torch.nn.Module) -> str:
     if is_a(module, "diffusers", "ModelMixin"):
         return "denoiser"
     return "module"
+
+
+def is_training(obj: Any) -> bool:
+    """Whether something is a training that recipes can be put on. Of the modules that define them, only those are
+    asked that are loaded already: an object of theirs cannot exist before."""
+    return is_transformers_trainer(obj) or is_a(obj, "hf_accel.train.loop.training_loop", "TrainingLoop")
+
+
+def is_transformers_trainer(obj: Any) -> bool:
+    """Whether something is a ``Trainer`` of transformers, or of a class derived from it."""
+    return is_a(obj, "transformers.trainer", "Trainer")
 
 
 def is_a(obj: Any, library: str, class_name: str) -> bool:

@@ -33,7 +33,7 @@ def trained_model(target: Any, component: str | None = None) -> tuple[Model, Ins
         NotApplicable: none does, or several do and ``component`` does not say which.
     """
     models = resolve(target).models
-    found = [(m, i) for m in models for i in installed(m.module) if i.method.trainable_parameters()]
+    found = [(m, i) for m in models for i in installed(m.carrier) if i.method.trainable_parameters()]
     found = [(m, i) for m, i in found if component is None or m.name == component]
     if len(found) == 1:
         return found[0]

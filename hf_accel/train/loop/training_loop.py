@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from hf_accel.errors import NotApplicable
+from hf_accel.sites.training.loop import LoopSeam
 from hf_accel.train.loop import checkpoint as checkpoints
 from hf_accel.train.loop.checkpoint import Checkpoint
 from hf_accel.train.loop.data import Batch, Batches, Data
@@ -70,6 +71,8 @@ class TrainingLoop(ABC):
         self.ema_decay, self.title = ema_decay, title
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()} if ema_decay else {}
         self.step = 0
+        self.recipes: list[LoopSeam] = []  # what apply(trainer, ...) put here; asked at every step
+        self.running = False
         self.history = History(about=dict(about))
         self._random: dict[str, Any] | None = None
 
@@ -103,28 +106,36 @@ class TrainingLoop(ABC):
             otherwise as before.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        batches, held_out = Batches(data, self.config.batch_size, self.config.seed), list(validation or ())
+        ordering = self._recipe("sampler", "batch_sampler")
+        order = ordering.batches if ordering is not None else None
+        batches, held_out = Batches(data, self.config.batch_size, self.config.seed, order), list(validation or ())
         start, before = time.monotonic(), self.history.seconds
         network = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
-        with self.training(), self._bar() as bar:
+        with self._running(network), self.training(), self._bar() as bar:
             if held_out and not self.history.validation:
                 self._validate(held_out)
             while self.step < self.config.steps:
+                self._tell("on_step_begin")
                 loss, lr = self.train_step(network, batches)
                 self.step += 1
+                wishes = self._tell("on_step_end")
                 self.history.train.append({"step": self.step, "loss": loss, "lr": lr})
                 self.history.seconds = before + time.monotonic() - start
                 late = seconds is not None and time.monotonic() - start >= seconds
                 stop = callback is not None and callback(self) is True
+                stop = stop or any(wish.should_training_stop for wish in wishes)
                 last = late or stop or self.step == self.config.steps
-                if held_out and (last or self.step % self.config.validate_every == 0):
+                validate = any(wish.should_evaluate for wish in wishes) or self.step % self.config.validate_every == 0
+                if held_out and (last or validate):
                     self._validate(held_out)
-                if last or self.step % self.config.checkpoint_every == 0:
+                save = any(wish.should_save for wish in wishes) or self.step % self.config.checkpoint_every == 0
+                if last or save:
                     self._save()
                 bar.set_postfix(loss=f"{loss:.4g}", **self._latest_validation(), refresh=False)
                 bar.update()
                 if last:
                     break
+            self._tell("on_train_end")
         if self.averages:
             self._swap_averages()
         return self.history
@@ -132,7 +143,9 @@ class TrainingLoop(ABC):
     def train_step(self, network: Any, batches: Batches) -> tuple[float, float]:
         """One optimizer step: the mean loss of its batches over all processes, and the learning rate."""
         config, accelerator = self.config, self.accelerator
-        factor = learning_rate_factor(self.step, config)
+        schedule = self._recipe("schedule")
+        steps = self.step, config.steps
+        factor = schedule.factor(*steps) if schedule is not None else learning_rate_factor(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.optimizer.zero_grad(set_to_none=True)
@@ -141,14 +154,43 @@ class TrainingLoop(ABC):
             number = (self.step * config.accumulate + turn) * accelerator.num_processes + accelerator.process_index
             last = turn + 1 == config.accumulate
             with contextlib.nullcontext() if last else accelerator.no_sync(network):
-                loss = self.loss(batches[number], ("train", number), network) / config.accumulate
+                loss = self._loss(batches[number], ("train", number), network) / config.accumulate
                 accelerator.backward(loss)
             total += loss.detach()
         if config.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+        self._tell("on_pre_optimizer_step")
         self.optimizer.step()
+        self._tell("on_optimizer_step")
         self._average()
         return float(accelerator.reduce(total, "mean")), self.optimizer.param_groups[0]["lr"]
+
+    # -- recipes ---------------------------------------------------------------------------------------------------
+
+    def _recipe(self, *hooks: str) -> LoopSeam | None:
+        """The recipe that has one of these functions, if any; of each there is one, or apply would have refused."""
+        return next((seam for seam in self.recipes if seam.has(*hooks)), None)
+
+    def _loss(self, batch: Batch, key: tuple[str, int], network: Any) -> torch.Tensor:
+        recipe = self._recipe("loss")
+        if recipe is None:
+            return self.loss(batch, key, network)
+        return recipe.loss_on(network, batch, lambda given: self.loss(given, key, network))
+
+    def _tell(self, event: str) -> list[Any]:
+        """An event for the callbacks of recipes; returns their wishes."""
+        return [wish for seam in self.recipes if (wish := seam.tell(event)) is not None]
+
+    @contextlib.contextmanager
+    def _running(self, network: Any) -> Iterator[None]:
+        """While this lasts, recipes are neither put on nor taken off."""
+        self.running = True
+        try:
+            for seam in self.recipes:
+                seam.begin(network)
+            yield
+        finally:
+            self.running = False
 
     def _validate(self, held_out: list[Batch]) -> None:
         if self.averages:
