@@ -19,15 +19,12 @@ import time
 from typing import Any
 
 import torch
-from common import ROOT, relative_error, save
+from common import relative_error, save
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 
 import hf_accel
 from hf_accel.measure.machine import describe_machine
-
-sys.path.insert(0, str(ROOT / "tests" / "models"))
-
-from standins import llada2
+from hf_accel.testing.models import llada2
 
 MASK = 1
 

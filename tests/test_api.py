@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import hf_accel
-import tiny
 from hf_accel import errors, registry
 from hf_accel.base import Method
 from hf_accel.composition import conflict
@@ -16,6 +15,7 @@ from hf_accel.patches.svg2 import SVG2Config
 from hf_accel.report import Patched
 from hf_accel.sites.attention import diffusers as attention_host
 from hf_accel.sites.attention.base import AttentionMethod
+from hf_accel.testing.models import tiny
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import hf_accel
-import tiny
 from hf_accel import errors, registry
 from hf_accel.base import Method
 from hf_accel.config import Config, setting
 from hf_accel.facts import Facts
 from hf_accel.report import Patched
+from hf_accel.testing.models import tiny
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import hf_accel
-import tiny
 from hf_accel import errors, registry
 from hf_accel.base import Method
 from hf_accel.config import Config, setting
 from hf_accel.facts import Facts
 from hf_accel.report import Skipped
+from hf_accel.testing.models import tiny
 
 GOOD = """
 from dataclasses import dataclass

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import hf_accel
-import tiny
 from hf_accel import registry
+from hf_accel.testing.models import tiny
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

@@ -11,9 +11,9 @@ import transformers
 import hf_accel
 from hf_accel import generate_blocks
 from hf_accel.errors import InvalidSetting, NotApplicable
-from standins import dream, llada, llada2
+from hf_accel.testing.models import dream, llada, llada2
+from hf_accel.testing.models.gemma import diffusion_gemma
 from tiny_sdar import BLOCK, MASK, PAD, VOCABULARY, padded, prompt, sdar
-from tiny_text import diffusion_gemma
 
 
 @pytest.fixture(scope="module")

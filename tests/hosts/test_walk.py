@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import tiny
 from hf_accel.hosts.walk import modules, named_modules, with_attribute
+from hf_accel.testing.models import tiny
 
 
 def tangled():

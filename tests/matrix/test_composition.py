@@ -10,10 +10,8 @@ from collections import Counter
 
 import pytest
 import torch
-from test_attention_and_caches import QUICK, close, equal, fingerprint, full_budget
 
 import hf_accel
-import tiny
 from hf_accel import registry
 from hf_accel.composition import apart, conflict, takes
 from hf_accel.errors import Conflict
@@ -22,10 +20,20 @@ from hf_accel.hosts.networks import host_of
 from hf_accel.hosts.target import Model
 from hf_accel.sites.attention.base import AttentionMethod
 from hf_accel.sites.attention.seam import active_context
+from hf_accel.testing import FAMILIES as KIT
+from hf_accel.testing.claims import claims as claimed_by_facts
+from hf_accel.testing.compare import close, equal, fingerprint
+from hf_accel.testing.kit import TINY_SETTINGS as QUICK
+from hf_accel.testing.models import tiny
 
 # Methods that change weights are put beside the others in test_linear, adapters, which stand on those, in
 # test_qwha_start.
-METHODS = {name: cls for name, cls in registry.methods().items() if cls.facts.site not in ("linear", "adapter")}
+# Recipes stand on a training, and a surgery gives back another model.
+METHODS = {
+    name: cls
+    for name, cls in registry.methods().items()
+    if cls.facts.kind == "patch" and cls.facts.site not in ("linear", "adapter")
+}
 # Methods for block-diffusion models run in other loops: pairs of two such are walked in test_block_diffusion.
 BLOCKWISE = [name for name, cls in METHODS.items() if cls.facts.hosts == {"block diffusion"}]
 PAIRS = [pair for pair in itertools.combinations(sorted(METHODS), 2) if not set(pair) <= set(BLOCKWISE)]
@@ -34,15 +42,18 @@ FOREIGN_BY_NAME = {entry.name: entry for entry in FOREIGN}
 TIMESTEPS = (900.0, 800.0, 600.0, 500.0, 400.0, 300.0)
 
 
+def full_budget(method: str) -> dict:
+    return QUICK.get(method, {}) | METHODS[method].facts.full_budget
+
+
 def claims(method: str, model: torch.nn.Module) -> bool:
     return METHODS[method].why_not(Model("model", model)) is None
 
 
 @pytest.fixture(scope="module")
 def claimed() -> dict[str, list[str]]:
-    """Method -> families that it takes."""
-    models = {family: tiny.build(family) for family in FAMILIES}
-    return {method: [f for f, model in models.items() if claims(method, model)] for method in METHODS}
+    """Method -> families that it takes; test_promises holds what facts say of that to what methods do."""
+    return {method: [f for f in FAMILIES if claimed_by_facts(cls.facts, KIT[f])] for method, cls in METHODS.items()}
 
 
 @torch.no_grad()

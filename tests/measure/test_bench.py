@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-import tiny
 from hf_accel import registry
 from hf_accel.attention.call import TokenGrid
 from hf_accel.cli import main
@@ -21,6 +20,7 @@ from hf_accel.measure.pareto import Point, draw, front
 from hf_accel.measure.recording import density_on, record_attention
 from hf_accel.measure.synthetic import video_tokens
 from hf_accel.measure.timing import in_turn
+from hf_accel.testing.models import tiny
 
 CPU = torch.device("cpu")
 SVG2 = {"num_q_centroids": 6, "num_k_centroids": 12, "kmeans_iter_init": 3, "min_kc_ratio": 0.0}

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import hf_accel
-import tiny
 from hf_accel import preset
 from hf_accel.attention.call import AttentionCall, Layer, Step
 from hf_accel.errors import Conflict, HFAccelError, InvalidSetting, NotApplicable
@@ -21,6 +20,7 @@ from hf_accel.patches.sparge import Sparge, SpargeConfig
 from hf_accel.patches.sparge.calibration import GRIDS, MOST_DENSITY, Curves, _least_loss, fit
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import diffusers as attention
+from hf_accel.testing.models import tiny
 
 SIZE = (4, 16, 32)  # 512 tokens: 8 blocks of 64
 SETTINGS = {"block_q": 64, "block_k": 64}

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-import tiny
 import tiny_sdar
-import tiny_text
+from hf_accel.testing.models import gemma, tiny
 
 _LLAMA: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -74,7 +73,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "t5": _t5,
     "umt5": lambda: _t5("UMT5"),
     "sdar": tiny_sdar.sdar,
-    "gemma": tiny_text.diffusion_gemma,
+    "gemma": gemma.diffusion_gemma,
     "wan": lambda: tiny.build("wan"),
     "flux": lambda: tiny.build("flux"),
     "sd3": lambda: tiny.build("sd3"),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import DiffusionPipeline
 
-import tiny
+from hf_accel.testing.models import tiny
 
 
 class TinyPipeline(DiffusionPipeline):

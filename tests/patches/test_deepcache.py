@@ -10,9 +10,9 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 import hf_accel
-import tiny
 from hf_accel.errors import Conflict, InvalidSetting, NotApplicable
 from hf_accel.patches.deepcache import non_uniform_steps
+from hf_accel.testing.models import tiny
 
 
 class Denoising(DiffusionPipeline):

@@ -8,10 +8,8 @@ import weakref
 
 import pytest
 import torch
-from test_attention_and_caches import fingerprint
 
 import hf_accel
-import tiny
 from hf_accel.errors import InvalidSetting, NotApplicable, NothingPatched, QuantizationError, RevertRefused
 from hf_accel.installing import installed
 from hf_accel.patches.gptq import GPTQ
@@ -19,6 +17,8 @@ from hf_accel.quant.gptq_solver import gptq_solve, round_to_nearest
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.sites.linear.places import find_linears
 from hf_accel.sites.linear.stream import LayerStream
+from hf_accel.testing.compare import fingerprint
+from hf_accel.testing.models import tiny
 
 QUIET = {"group_size": 32, "progress": False}
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import hf_accel
-import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import inverse_order
 from hf_accel.errors import InvalidSetting
 from hf_accel.patches.grat import GRAT, FixedPlan, GRATConfig, VariablePlan
+from hf_accel.testing.models import tiny
 
 IMAGE, VIDEO = (1, 16, 16), (4, 8, 8)
 

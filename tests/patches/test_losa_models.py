@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache
 
 import hf_accel
-import tiny_text
 from hf_accel import registry
 from hf_accel.errors import NotApplicable
+from hf_accel.testing.models import gemma
 from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
 
 PAGE = 8
@@ -194,7 +194,7 @@ def rows_of(cache, rows):
 
 
 def test_gemma_reads_fewer_pages_on_its_full_layers_only():
-    model = tiny_text.diffusion_gemma()
+    model = gemma.diffusion_gemma()
     ids = torch.randint(0, 97, (2, 160), generator=torch.Generator().manual_seed(0))
 
     def generate():
@@ -218,7 +218,7 @@ def test_gemma_reads_fewer_pages_on_its_full_layers_only():
 @pytest.mark.parametrize("method", ["losa", "quest"])
 def test_a_static_cache_tells_its_length_by_a_mask_alone(method):
     """Slots that were empty in the first block hold keys in the next, while the length stays."""
-    model = tiny_text.diffusion_gemma(num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    model = gemma.diffusion_gemma(num_hidden_layers=2, layer_types=["full_attention"] * 2)
     ids = torch.randint(0, 97, (2, 160), generator=torch.Generator().manual_seed(0))
 
     def generate(implementation):

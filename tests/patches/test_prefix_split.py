@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import hf_accel
-import tiny_text
 from hf_accel import registry
 from hf_accel.sites.prefix_attention.gemma import NO_MASK, OTHER_MASK, ROLLED
-from sdar_models import BLOCK, Graphs, denoise, prompt, sdar
+from hf_accel.testing.models import gemma
+from hf_accel.testing.models.sdar import BLOCK, Graphs, denoise, prompt, sdar
 
 CANVAS, LAYERS, FULL, WINDOW = 8, 4, 2, 8
 PAD = 5
@@ -25,7 +25,7 @@ def run_of(applied):
 
 @pytest.fixture(scope="module")
 def shared():
-    return tiny_text.diffusion_gemma()
+    return gemma.diffusion_gemma()
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -208,7 +208,7 @@ def fresh_dynamo():
 @pytest.fixture
 def small():
     """A sliding and a full layer, two experts: compiling takes its time."""
-    return tiny_text.diffusion_gemma(
+    return gemma.diffusion_gemma(
         num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], num_experts=2, top_k_experts=1
     )
 

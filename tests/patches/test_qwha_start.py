@@ -11,11 +11,11 @@ from adapted import build, run
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import hf_accel
-import tiny
 from hf_accel.errors import InvalidSetting, NotApplicable, RevertRefused, WeightsMismatch
 from hf_accel.patches.qwha import initialize_qwha
 from hf_accel.peft import QWHAConfig, QWHALinear, merge_into_dense
 from hf_accel.quant.packed_linear import PackedLinear
+from hf_accel.testing.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 TEXT = {"calibration": torch.randint(0, 101, (6, 40), generator=torch.Generator().manual_seed(1)), "progress": False}

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import hf_accel
-import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import VideoLayout, block_sizes
 from hf_accel.attention.layout import density as pair_density
@@ -18,6 +17,7 @@ from hf_accel.errors import InvalidSetting
 from hf_accel.kernels.common import kernel_log
 from hf_accel.patches import radial
 from hf_accel.patches.radial import Radial, RadialConfig, radial_map, windows
+from hf_accel.testing.models import tiny
 
 
 def layout_of(frames, frame_tokens, text=0, place="last"):

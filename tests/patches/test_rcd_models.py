@@ -6,14 +6,14 @@ import warnings
 
 import pytest
 import torch
-from test_rcd import MASK, close, commit, prompt, put, sample, sdar
 
 import hf_accel
 from hf_accel.errors import InvalidSetting, NotApplicable, WeightsMismatch
 from hf_accel.patches.rcd import residual_embeddings, set_reference
+from hf_accel.testing.models import dream, llada, llada2
+from hf_accel.testing.models.gemma import diffusion_gemma
 from hf_accel_zoo.sdar import SDARForCausalLM
-from standins import dream, llada, llada2
-from tiny_text import diffusion_gemma
+from rcd_models import MASK, close, commit, prompt, put, sample, sdar
 
 # -- models that run the whole sequence ----------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ def test_declared_weights_are_known_after_loading(tmp_path):
 
 
 def test_llada2_pipeline_with_and_without_its_prefix_cache():
-    from test_prefix_cache import generate, pipeline
+    from hf_accel.testing.models.llada2_pipeline import generate, pipeline
 
     settings = {"trained": True, "mask_token_id": MASK}
     pipe = pipeline()

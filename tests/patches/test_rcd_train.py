@@ -14,10 +14,10 @@ import hf_accel
 from hf_accel.checkpoints.declaration import declaration_of, file_name
 from hf_accel.errors import InvalidSetting, NotApplicable, PresetError, WeightsMismatch
 from hf_accel.patches.rcd import RCDConfig, residual_embeddings
+from hf_accel.testing.models import dream, llada
 from hf_accel.train.masked import Noisy, answer_tokens, denoising_loss, doubled, mask_tokens
 from hf_accel.train.rcd import RCDTrainer, RCDTrainingConfig
 from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
-from standins import dream, llada
 
 MASK, BLOCK = 36, 4
 

@@ -16,12 +16,12 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 
 import hf_accel
-import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import expand_block_map
 from hf_accel.checkpoints import parameters
 from hf_accel.errors import Conflict, InvalidSetting, WeightsMismatch
 from hf_accel.patches.sla import SLA, SLAConfig
+from hf_accel.testing.models import tiny
 
 SIZE = (5, 16, 16)  # latents of the tiny Wan: 320 tokens, five blocks of 64
 

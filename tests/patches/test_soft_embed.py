@@ -10,7 +10,7 @@ import torch
 import hf_accel
 from hf_accel.errors import NotApplicable
 from hf_accel.kernels.soft_embedding import soft_embed
-from tiny_text import diffusion_gemma
+from hf_accel.testing.models.gemma import diffusion_gemma
 
 CANVAS = 8
 

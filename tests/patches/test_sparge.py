@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import yaml
 
 import hf_accel
-import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.hilbert import hilbert_order
 from hf_accel.attention.selectors import top_cdf
@@ -18,6 +17,7 @@ from hf_accel.errors import InvalidSetting
 from hf_accel.kernels.common import kernel_log
 from hf_accel.patches.sparge import Sparge, SpargeConfig
 from hf_accel.patches.sparge.plan import make_plan
+from hf_accel.testing.models import tiny
 
 EVERYTHING = {"topk": 1.0}
 CDF = {"mode": "cdf", "simthreshd1": -1.0}

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 import hf_accel
-import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import VideoLayout, block_sizes, inverse_order
 from hf_accel.attention.layout import density as pair_density
@@ -18,6 +17,7 @@ from hf_accel.kernels.common import kernel_log
 from hf_accel.kernels.permute import gather_rows, scatter_rows
 from hf_accel.patches.svg import SVG, Draws, SVGConfig, band_map, density_of, released_half_width
 from hf_accel.presets import families
+from hf_accel.testing.models import tiny
 
 CPU = torch.device("cpu")
 GRID = TokenGrid(9, 6, 10)  # 540 tokens: nine blocks of 64, the last ragged

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import hf_accel
-import tiny
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.attention.layout import expand_block_map
 from hf_accel.errors import InvalidSetting
 from hf_accel.patches.svg2 import SVG2, SVG2Config
+from hf_accel.testing.models import tiny
 
 GRID = TokenGrid(3, 5, 8)  # 120 tokens
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import hf_accel
-import tiny
 from hf_accel.errors import Conflict, InvalidSetting, NotApplicable, PresetError, WeightsMismatch
 from hf_accel.sites.adapter.peft import lora as adapters
+from hf_accel.testing.models import tiny
 from hf_accel.train import FinetuneConfig, Finetuner, History, teacher
 from hf_accel.train import saving as trained
 from hf_accel.train.finetune.flow_matching import forward_for

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-import tiny_text
 from hf_accel.hosts import block_families as block_context
 from hf_accel.hosts.block_families import (
     DIFFUSION_GEMMA,
@@ -23,8 +22,8 @@ from hf_accel.hosts.block_families import (
 )
 from hf_accel.hosts.clocks.block_steps import BlockClock, follow
 from hf_accel.ledger import Ledger
+from hf_accel.testing.models import dream, gemma, llada, llada2
 from hf_accel_zoo.sdar import SDARConfig, SDARForCausalLM
-from standins import dream, llada, llada2
 
 MASK = 96
 BLOCK = 4
@@ -93,7 +92,7 @@ def open_block(rows=1, *committed):
 
 def test_families_are_found_by_structure():
     assert family_of(sdar()) is SDAR
-    assert family_of(tiny_text.diffusion_gemma()) is DIFFUSION_GEMMA
+    assert family_of(gemma.diffusion_gemma()) is DIFFUSION_GEMMA
     assert family_of(llada2.LLaDA2MoeModelLM(llada2.LLaDA2MoeConfig())) is LLADA2
     assert family_of(llada.LLaDAModelLM(llada.LLaDAConfig())) is FULL
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 64}
@@ -128,7 +127,7 @@ def test_renamed_classes_are_found():
 def test_mask_token():
     model = sdar()
     assert mask_token_of(model) == MASK
-    assert mask_token_of(tiny_text.diffusion_gemma()) is None
+    assert mask_token_of(gemma.diffusion_gemma()) is None
     model.config.mask_token_id = None
     model.config.mask_id = 5
     assert mask_token_of(model) == 5
@@ -333,7 +332,7 @@ def test_forwards_past_the_models_own_hooks_are_seen():
 
 
 def test_a_generation_of_diffusion_gemma():
-    model = tiny_text.diffusion_gemma()
+    model = gemma.diffusion_gemma()
     watch = Watch(model)
     ids = torch.arange(10)[None]
     for generation in range(2):
@@ -350,7 +349,7 @@ def test_a_generation_of_diffusion_gemma():
 
 
 def test_diffusion_gemma_with_a_static_cache_that_outlives_the_call():
-    model = tiny_text.diffusion_gemma()
+    model = gemma.diffusion_gemma()
     watch = Watch(model)
     for generation in range(2):
         torch.manual_seed(0)
@@ -366,7 +365,7 @@ def test_diffusion_gemma_with_a_static_cache_that_outlives_the_call():
 
 
 def test_a_canvas_that_begins_anew_behind_the_same_prefix():
-    model = tiny_text.diffusion_gemma()
+    model = gemma.diffusion_gemma()
     watch = Watch(model)
     cache = DynamicCache(config=model.config.text_config)
     canvas = torch.arange(8)[None]

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-import tiny
 from hf_accel.ledger import Ledger
 from hf_accel.peft import QWHAConfig
 from hf_accel.quant.formats import format_of
 from hf_accel.quant.grid import Scheme, encode, fit_grid
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.sites.linear.places import find_linears, replace
+from hf_accel.testing.models import tiny
 
 
 @dataclass(frozen=True)

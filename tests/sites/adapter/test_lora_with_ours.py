@@ -8,20 +8,17 @@ import warnings
 import adapted
 import peft
 import pytest
-import test_lora_on_packed as on_packed
 import torch
 from adapted import run
+from lora_kinds import KINDS, TARGETS, adapt, dequantised, lora, tuners_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from test_lora_on_packed import KINDS, TARGETS, adapt, dequantised, lora, tuners_of
-from test_qwha_trainer import trainer
+from training import trainer
 
 import hf_accel
 from hf_accel.errors import NotApplicable, RevertRefused
 from hf_accel.peft import PackedLoraLinear, QWHALinear, merge_into_dense
 from hf_accel.quant.packed_linear import PackedLinear
-
-base, kind = on_packed.base, on_packed.kind
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import hf_accel
-import tiny
 from hf_accel.attention.call import AttentionCall
 from hf_accel.config import setting
 from hf_accel.facts import Facts
 from hf_accel.sites.attention import break_even
 from hf_accel.sites.attention.base import AttentionMethod, AttentionRunner, SparseAttentionConfig
 from hf_accel.sites.attention.break_even import Shape, look_up
+from hf_accel.testing.models import tiny
 
 HERE = torch.device("cpu")
 GRID_TOKENS = 48  # of the tiny Wan at its default size: 3 x 4 x 4

@@ -7,7 +7,6 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import hf_accel
-import tiny
 from hf_accel.attention.call import AttentionCall
 from hf_accel.config import Config
 from hf_accel.errors import RevertRefused
@@ -18,6 +17,7 @@ from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import diffusers as attention_host
 from hf_accel.sites.attention.base import AttentionMethod, AttentionRunner
+from hf_accel.testing.models import tiny
 
 
 class Recording(AttentionMethod):

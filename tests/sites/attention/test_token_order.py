@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import hf_accel
-import tiny
 from hf_accel.ledger import Ledger
 from hf_accel.sites.attention import token_order
 from hf_accel.sites.attention.seam import context_of
 from hf_accel.sites.attention.token_order import move_patches
+from hf_accel.testing.models import tiny
 
 MOVED = (
     "wan", "wan-i2v", "wan-vace", "skyreels-v2", "hunyuan-video", "hunyuan-video-1.5", "cogvideox", "ltx", "mochi",

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import hf_accel
-import tiny
 from hf_accel.hosts.denoisers import level_of
+from hf_accel.testing.models import tiny
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import hf_accel
-import tiny
 from hf_accel import errors, registry
 from hf_accel.config import Config
 from hf_accel.facts import Facts
 from hf_accel.sites.decoding.base import DecodingMethod, GateMethod
 from hf_accel.sites.decoding.draft import Draft
+from hf_accel.testing.models import tiny
 
 PROMPT = torch.arange(5).repeat(3)[None]
 LONG = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

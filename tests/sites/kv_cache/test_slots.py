@@ -268,8 +268,8 @@ def test_copies_and_other_models_have_their_own():
 
 @pytest.mark.parametrize("family", ["wan", "unet", "t5"])
 def test_other_models_are_refused_in_words(family):
-    import tiny
     import tiny_hosts
+    from hf_accel.testing.models import tiny
 
     model = tiny_hosts.build("t5") if family == "t5" else tiny.build(family)
     with pytest.raises(NotApplicable, match=r"not a language model|encoder-decoder"):

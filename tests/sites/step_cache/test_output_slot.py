@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import hf_accel
-import tiny
 from hf_accel import registry
 from hf_accel.config import Config, setting
 from hf_accel.errors import Conflict, NotApplicable
 from hf_accel.facts import HOSTS_OF
 from hf_accel.method import Facts, OutputCacheMethod
+from hf_accel.testing.models import tiny
 
 FAMILIES = ("wan", "flux", "cogvideox", "unet", "sdxl")
 SOME_TIMESTEPS = (900.0, 700.0, 500.0, 300.0, 100.0)

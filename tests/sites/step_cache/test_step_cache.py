@@ -11,9 +11,9 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 import hf_accel
-import tiny
 from hf_accel.errors import Conflict, NotApplicable, RevertRefused
 from hf_accel.sites.step_cache import seam as step_cache
+from hf_accel.testing.models import tiny
 
 LEVELS = (900.0, 700.0, 500.0, 300.0)
 

@@ -7,10 +7,10 @@ from itertools import chain
 import pytest
 import torch
 
-import tiny
 from hf_accel.errors import Conflict
 from hf_accel.sites.step_cache import unet_views
 from hf_accel.sites.step_cache.unet_views import UNetViews, deepest_branch
+from hf_accel.testing.models import tiny
 
 CONDITION = {
     "sample_size": 8, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 8, "attention_head_dim": 2,

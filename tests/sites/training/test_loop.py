@@ -7,8 +7,8 @@ import torch
 from toys import TOYS
 
 import hf_accel
-import tiny
 from hf_accel import errors
+from hf_accel.testing.models import tiny
 from hf_accel.train import FinetuneConfig, Finetuner
 from hf_accel.train.loop.random import generator_for
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
+
+from hf_accel.facts import Host, Medium
+from hf_accel.testing.outcome import Skipped
 
 
 @dataclass(frozen=True)
@@ -16,21 +19,24 @@ class Tiny:
 
     ``size`` is (frames, height, width) of the latents (a text has as many tokens as their product); ``layers`` the
     number of self-attentions that methods find; ``projections`` the names of those that make queries and keys; with
-    ``bad`` in its arguments a forward raises after it began.
+    ``bad`` in its arguments a forward raises after it began. ``host`` and ``medium`` are what the package reads the
+    model as; a medium of None is a network whose tokens nobody reads.
     """
 
-    build: Callable[[], torch.nn.Module]
+    build: Callable[..., Any]
     inputs: Callable[..., dict[str, Any]]
     layers: int
     projections: tuple[str, str] = ("to_q", "to_k")
     bad: Mapping[str, Any] = field(default_factory=lambda: {"encoder_hidden_states": torch.zeros(1, 2, 1)})
+    host: Host = "transformer"
+    medium: Medium | None = "video"
 
 
 def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _wan(layers: int = 2, image: bool = False, **extra: Any) -> torch.nn.Module:
+def _wan(layers: int = 2, image: bool = False, **extra: Any) -> Any:
     from diffusers import WanTransformer3DModel
 
     if image:
@@ -197,7 +203,8 @@ def _mochi_inputs(model, batch=1, size=(3, 8, 8), timestep=500.0, seed=0):
 
 
 def _cosmos():
-    pytest.importorskip("torchvision", reason="diffusers' Cosmos model needs torchvision, which has no CPU build here")
+    if importlib.util.find_spec("torchvision") is None:
+        raise Skipped("diffusers' Cosmos model needs torchvision, which has no CPU build here")
     from diffusers import CosmosTransformer3DModel
 
     return CosmosTransformer3DModel(
@@ -412,6 +419,15 @@ def _llama_inputs(model, batch=1, size=(1, 5, 8), timestep=500.0, seed=0):
     }
 
 
+def _image(build: Callable[[], Any], inputs: Callable[..., dict[str, Any]], layers: int) -> Tiny:
+    return Tiny(build, inputs, layers, medium="image")
+
+
+def _unet_of(build: Callable[[], Any], inputs: Callable[..., dict[str, Any]], layers: int) -> Tiny:
+    """The frames of a video are batch items to a U-Net's attention: its tokens are those of images."""
+    return Tiny(build, inputs, layers, host="unet", medium="image")
+
+
 IMAGES = ("flux", "sd3", "qwen-image", "pixart", "unet", "sdxl", "ddpm")
 TEXTS = ("llama",)
 
@@ -426,21 +442,33 @@ TINY: dict[str, Tiny] = {
     "ltx": Tiny(_ltx, _ltx_inputs, 2),
     "mochi": Tiny(_mochi, _mochi_inputs, 2),
     "cosmos": Tiny(_cosmos, _cosmos_inputs, 2),
-    "flux": Tiny(_flux, _flux_inputs, 3),
-    "sd3": Tiny(_sd3, _sd3_inputs, 3),
-    "qwen-image": Tiny(_qwen_image, _qwen_image_inputs, 2),
-    "pixart": Tiny(_pixart, _pixart_inputs, 2),
-    "unet": Tiny(_unet, _unet_inputs, 7),
-    "sdxl": Tiny(_sdxl, _sdxl_inputs, 8),
-    "svd": Tiny(_svd, _svd_inputs, 4),
-    "animatediff": Tiny(_animatediff, _animatediff_inputs, 4),
-    "ddpm": Tiny(_ddpm, _ddpm_inputs, 0, bad={"class_labels": torch.zeros(1)}),
-    "llama": Tiny(_llama, _llama_inputs, 2, ("q_proj", "k_proj"), {"input_ids": torch.full((1, 40), 10**6)}),
+    "flux": _image(_flux, _flux_inputs, 3),
+    "sd3": _image(_sd3, _sd3_inputs, 3),
+    "qwen-image": _image(_qwen_image, _qwen_image_inputs, 2),
+    "pixart": _image(_pixart, _pixart_inputs, 2),
+    "unet": _unet_of(_unet, _unet_inputs, 7),
+    "sdxl": _unet_of(_sdxl, _sdxl_inputs, 8),
+    "svd": _unet_of(_svd, _svd_inputs, 4),
+    "animatediff": _unet_of(_animatediff, _animatediff_inputs, 4),
+    "ddpm": Tiny(_ddpm, _ddpm_inputs, 0, bad={"class_labels": torch.zeros(1)}, host="unet", medium=None),
+    "llama": Tiny(
+        _llama,
+        _llama_inputs,
+        2,
+        ("q_proj", "k_proj"),
+        {"input_ids": torch.full((1, 40), 10**6)},
+        "language model",
+        "text",
+    ),
 }
 
 
 def build(name: str, seed: int = 0, **kwargs: Any) -> torch.nn.Module:
-    """A tiny model with fixed random weights, in eval mode."""
+    """A tiny model with fixed random weights, in eval mode.
+
+    Raises:
+        Skipped: a library that diffusers needs for it is not installed.
+    """
     torch.manual_seed(seed)
     model = TINY[name].build(**kwargs).eval()
     with torch.no_grad():  # some models start their output layer at zero, which would hide everything

@@ -14,8 +14,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_accel
-import sdar_models
-import tiny_text
 from hf_accel import registry
 from hf_accel.api import applied_methods
 from hf_accel.errors import NotApplicable, RevertRefused
@@ -28,9 +26,10 @@ from hf_accel.sites.prefix_attention.masks import MaskMemo, split_mask
 from hf_accel.sites.prefix_attention.sdar import OTHER_COMPUTATION, OTHER_MASK
 from hf_accel.sites.prefix_attention.seam import SEAT
 from hf_accel.sites.prefix_attention.split import split_attention
+from hf_accel.testing.models import gemma, llada, llada2
+from hf_accel.testing.models import sdar as sdar_models
+from hf_accel.testing.models.sdar import BLOCK, Graphs, denoise, prompt, sdar
 from hf_accel.zoo import sdar as modeling
-from sdar_models import BLOCK, Graphs, denoise, prompt, sdar
-from standins import llada, llada2
 
 LAYERS = sdar_models.SDAR["num_hidden_layers"]
 PADDING = torch.arange(12)[None] >= torch.tensor([[0], [8]])
@@ -538,7 +537,7 @@ def test_models_without_a_frozen_prefix_are_refused_in_words():
 
 
 def test_an_attention_implementation_of_others():
-    model = tiny_text.diffusion_gemma()
+    model = gemma.diffusion_gemma()
     model.config.text_config._attn_implementation_internal = "flex_attention"
     model.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(NotApplicable, match=r"set_attn_implementation\('sdpa'\)"):
@@ -547,7 +546,7 @@ def test_an_attention_implementation_of_others():
 
 @pytest.mark.parametrize("method", ["dense", "sparge"])
 def test_methods_on_causal_attention_do_not_take_these_models(method):
-    for model in (sdar(), tiny_text.diffusion_gemma()):
+    for model in (sdar(), gemma.diffusion_gemma()):
         before = {name: dict(m.__dict__) for name, m in model.named_modules()}
         with pytest.raises(NotApplicable):
             hf_accel.apply(model, method)

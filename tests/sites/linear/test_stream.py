@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attention_and_caches import fingerprint
 
-import tiny
 from hf_accel.errors import InvalidSetting, NotApplicable, QuantizationError
 from hf_accel.sites.linear import gates as block_gates
 from hf_accel.sites.linear.places import find_linears
 from hf_accel.sites.linear.samples import Sample, calibration_from
 from hf_accel.sites.linear.stream import LayerStream
+from hf_accel.testing.compare import fingerprint
+from hf_accel.testing.models import tiny
 
 
 def ids(rows, length, vocabulary=50, seed=0):
@@ -99,9 +99,9 @@ MODELS = {
 
 def diffusion_gemma():
     """Encoder blocks fill a cache that decoder blocks read; their weights are tied."""
-    import tiny_text
+    from hf_accel.testing.models import gemma
 
-    model = tiny_text.diffusion_gemma()
+    model = gemma.diffusion_gemma()
     return model, [Sample(kwargs={"input_ids": ids(1, 9 + i), "decoder_input_ids": ids(1, 8)}) for i in range(2)]
 
 
