@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from hf_accel import registry
-from hf_accel.declared import FILE_ENDINGS, NAME_PATTERN
+from hf_accel.declared import NAME_PATTERN
 from hf_accel.errors import InvalidSetting, PresetError, UnknownMethod
 from hf_accel.presets.preset import Match, Preset, Wanted, plain
 
