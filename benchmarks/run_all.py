@@ -49,6 +49,8 @@ def commands(gpu: bool, quality: bool) -> list[list[str]]:
     ):
         runs.append([f"{name}.py", "--shape", on_gpu if gpu else on_cpu, "--json", f"{name}_{where}.json"])
     runs.append(["break_even.py"])
+    if not gpu:
+        runs.append(["first_use.py", "--json", "first_use_cpu.json"])
     if gpu:
         runs.append(["deepcache_gpu.py", "--json", "deepcache_gpu.json"])
     if quality:

@@ -25,9 +25,10 @@ class UnknownMethod(HFAccelError, KeyError):
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+        told = f"{left_out} " if left_out else ""
         self.name, self.near = name, near
         super().__init__(
-            f"{name!r} is neither a method nor a shipped preset. {left_out}{' ' if left_out else ''}{hint}Known: {', '.join(known) or 'none'}. "
+            f"{name!r} is neither a method nor a shipped preset. {told}{hint}Known: {', '.join(known) or 'none'}. "
             "A preset file needs a path with '/' or a '.yaml' ending; a Hub preset needs 'owner/name'."
         )
 

@@ -164,9 +164,9 @@ class Shapes(Config):
     names: str | tuple[str, ...] = setting((), "a name or several")
     spans: tuple[tuple[int, int], ...] = setting((), "pairs")
     weights: tuple[float, ...] = setting((), "numbers")
-    by_layer: dict[str, tuple[int, int]] | None = setting(None, "pairs by name")
-    order: list[int] | None = setting(None, "a list, as such")
-    either: list[int] | tuple[int, ...] | None = setting(None, "a list or a tuple or nothing")
+    by_layer: dict[str, tuple[int, int]] | None = setting(None, "pairs by name")  # noqa: RUF009 (frozen all the same)
+    order: list[int] | None = setting(None, "a list, as such")  # noqa: RUF009 (frozen all the same)
+    either: list[int] | tuple[int, ...] | None = setting(None, "a list or a tuple or nothing")  # noqa: RUF009 (frozen all the same)
     strength: float | None = setting(None, "a number or nothing", gt=0)
 
 

@@ -48,6 +48,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("qwha_step_gpu.json", "A training step with QWHA adapters, on a GPU", kernels.qwha_step),
     ("svg2_attention_cpu.json", "Attention time of svg2 on a CPU", kernels.svg2_attention),
     ("svg2_attention_gpu.json", "Attention time of svg2 on a GPU", kernels.svg2_attention),
+    ("first_use_cpu.json", "First use, and apply", kernels.first_use),
     ("variable_block_attention_cpu.json", "Kernel variable_block_attention on a CPU", kernels.attention_kernel),
     ("variable_block_attention_gpu.json", "Kernel variable_block_attention on a GPU", kernels.attention_kernel),
     ("block_sparse_attention_cpu.json", "Kernel block_sparse_attention on a CPU", kernels.attention_kernel),

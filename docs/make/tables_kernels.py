@@ -49,6 +49,41 @@ def attention_kernel(data: dict[str, Any]) -> str:
     return f"{machine(data['machine'])}\n\n{table(head, rows)}"
 
 
+def first_use(data: dict[str, Any]) -> str:
+    """What hf_accel costs before it does anything."""
+    first = [
+        [
+            record["first_use"],
+            f"{record['methods_s']:.2f}",
+            f"{record['apply_s']:.2f}" if "apply_s" in record else "",
+            f"{record['total_s']:.2f}",
+        ]
+        for record in data["records"]
+        if "first_use" in record
+    ]
+    applied = [
+        [
+            record["apply"],
+            f"{record['p20_ms']:.1f}",
+            f"{record['p50_ms']:.1f}",
+            f"{record['p80_ms']:.1f}",
+            f"{record['cpu_ms']:.1f}",
+            f"{record['revert_ms']:.1f}",
+        ]
+        for record in data["records"]
+        if "apply" in record
+    ]
+    processes = next(record["processes"] for record in data["records"] if "processes" in record)
+    layers, repeats = next((r["layers"], r["repeats"]) for r in data["records"] if "apply" in r)
+    return (
+        f"CPU seconds of the first use in a fresh process, medians of {processes}; then `apply` on a Wan of {layers} "
+        f"layers, {repeats} times. {machine(data['machine'])}\n\n"
+        + table(["first use", "methods(), s", "apply, s", "both, s"], first)
+        + "\n\n"
+        + table(["apply", "p20, ms", "p50, ms", "p80, ms", "CPU, ms", "revert, ms"], applied)
+    )
+
+
 def losa_step(data: dict[str, Any]) -> str:
     """Attention time of one denoising step."""
     rows = [

@@ -96,8 +96,8 @@ def _check_is_method(name: str) -> None:
     # That none of ours has the name of a preset is tested, so that nobody waits for all presets to be read.
     if where.partition(".")[0] != "hf_accel" and name in families.shipped_presets():
         raise Conflict(
-            f"{name!r} is a shipped preset and a method of {where}. For the method pass its Config; for the preset copy "
-            f"it to a file and give the path. The author of {where} should rename the method."
+            f"{name!r} is a shipped preset and a method of {where}. For the method pass its Config; for the preset "
+            f"copy it to a file and give the path. The author of {where} should rename the method."
         )
 
 

@@ -238,7 +238,7 @@ class PackedLinear(nn.Module):
             self._neighbours = self.g_idx.is_meta or torch.equal(self.g_idx, expected)
             self._inspected, self._inspected_version = self.g_idx, version
 
-    # All that torch.compiler.assume_constant_result does; the decorator itself loads dynamo, two seconds that someone who
+    # All that torch.compiler.assume_constant_result does; the decorator itself loads dynamo, two seconds that whoever
     # compiles nothing need not wait.
     _inspect._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
