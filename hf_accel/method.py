@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from hf_accel.composition import apart, conflict
     from hf_accel.facts import SITES, Facts, Need, Site
     from hf_accel.sites.attention.base import AttentionMethod, AttentionRunner, SparseAttentionConfig
+    from hf_accel.sites.decoding.base import DecodingMethod, GateMethod
+    from hf_accel.sites.decoding.draft import Draft
     from hf_accel.sites.prefix_attention.base import PrefixAttentionConfig, PrefixAttentionMethod
     from hf_accel.sites.step_cache.base import StepCacheMethod
+    from hf_accel.sites.surgery.base import Surgery
+    from hf_accel.sites.training.base import LossCall, PlainLoss, Recipe
 
 _HOMES = {
     "base": ("Given", "Method"),
@@ -21,13 +25,18 @@ _HOMES = {
     "facts": ("SITES", "Facts", "Need", "Site"),
     "sites.attention.base": ("AttentionMethod", "AttentionRunner", "SparseAttentionConfig"),
     "sites.prefix_attention.base": ("PrefixAttentionConfig", "PrefixAttentionMethod"),
+    "sites.decoding.base": ("DecodingMethod", "GateMethod"),
+    "sites.decoding.draft": ("Draft",),
     "sites.step_cache.base": ("StepCacheMethod",),
+    "sites.surgery.base": ("Surgery",),
+    "sites.training.base": ("LossCall", "PlainLoss", "Recipe"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "SITES", "AttentionMethod", "AttentionRunner", "Facts", "Given", "Method", "Need", "PrefixAttentionConfig",
-    "PrefixAttentionMethod", "Site", "SparseAttentionConfig", "StepCacheMethod", "apart", "conflict",
+    "SITES", "AttentionMethod", "AttentionRunner", "DecodingMethod", "Draft", "Facts", "GateMethod", "Given",
+    "LossCall", "Method", "Need", "PlainLoss", "PrefixAttentionConfig", "PrefixAttentionMethod", "Recipe", "Site",
+    "SparseAttentionConfig", "StepCacheMethod", "Surgery", "apart", "conflict",
 ]  # fmt: skip
 
 
