@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hf_accel.api import Applied, apply, explain, methods, revert
     from hf_accel.checkpoints.gptq.loading import load_quantized, register_quantizers, unregister_quantizers
+    from hf_accel.converting import Converted, convert
     from hf_accel.generation.block_diffusion.blocks import generate_blocks
     from hf_accel.measure.calibrate import calibrate
     from hf_accel.measure.compare import compare
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Applied": "api", "apply": "api", "explain": "api", "methods": "api", "revert": "api",
+    "Converted": "converting", "convert": "converting",
     "calibrate": "measure.calibrate", "compare": "measure.compare", "register": "registry",
     "generate_blocks": "generation.block_diffusion.blocks",
     "load_quantized": "checkpoints.gptq.loading", "register_quantizers": "checkpoints.gptq.loading",
@@ -37,8 +39,8 @@ _LAZY = {
 }  # fmt: skip
 
 __all__ = [
-    "Applied", "Finetuner", "QWHAConfig", "__version__", "apply", "calibrate", "compare", "explain", "generate_blocks",
-    "initialize_qwha", "load_quantized", "load_trained", "methods", "register", "register_quantizers", "revert",
+    "Applied", "Converted", "Finetuner", "QWHAConfig", "__version__", "apply", "calibrate", "compare", "convert",
+    "explain", "generate_blocks", "initialize_qwha", "load_quantized", "load_trained", "methods", "register", "register_quantizers", "revert",
     "save_trained", "unregister_quantizers",
 ]  # fmt: skip
 

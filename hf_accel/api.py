@@ -116,7 +116,11 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
     inputs = {name for cls in takers for name in cls.inputs}
     given = {name: settings.pop(name) for name in list(settings) if name in inputs}
     wanted = hand_over(wanted_by(found, method, revision, settings), given)
-    _check_each_other(wanted_types(wanted.values()))
+    types = wanted_types(wanted.values())
+    for cls in types:
+        if cls.facts.kind == "surgery":
+            raise NotApplicable(f"{cls.name} cannot be applied: {misplaced(cls, found.models[0])}.")
+    _check_each_other(types)
     plan: list[tuple[Model, Wanted]] = []
     refusals: list[str] = []
     for name, per_model in wanted.items():

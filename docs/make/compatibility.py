@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Sequence
 
 from hf_accel import registry
+from hf_accel.base import Method
 from hf_accel.composition import Pair, Party, apart, conflict, hosts_in_words, shared_site
+from hf_accel.facts import place_in_words
 from hf_accel.hosts.foreign import FOREIGN
 
 COMMAND = "python docs/make/compatibility.py > docs/compatibility.md"
@@ -15,7 +17,8 @@ _YES, _NO, _APART = "yes", "**no**", "-"
 
 def page() -> str:
     """``docs/compatibility.md``: methods by methods, methods by foreign things, and the reasons."""
-    methods = list(registry.methods().values())
+    methods = [cls for cls in registry.methods().values() if cls.facts.kind != "surgery"]
+    surgeries = [cls for cls in registry.methods().values() if cls.facts.kind == "surgery"]
     lines = [
         "# What goes together",
         "",
@@ -38,6 +41,7 @@ def page() -> str:
         "",
         "Methods of different components of a pipeline never meet. Applying a method again replaces it.",
         "",
+        *_surgeries(surgeries),
         *_refusals(list(itertools.combinations(methods, 2))),
         "",
         "## Methods with what others put on the model",
@@ -54,6 +58,14 @@ def page() -> str:
         "refused by us: `explain()` shows it. Taking either off leaves the other at work.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _surgeries(methods: Sequence[type[Method]]) -> list[str]:
+    """Methods that stand on nothing, so that they meet no other."""
+    if not methods:
+        return []
+    names = ", ".join(f"`{cls.name}`" for cls in methods)
+    return [f"Surgeries ({names}) give back a new model, on which any method goes that suits it.", ""]
 
 
 def _cell(a: Party, b: Party) -> str:
@@ -81,7 +93,8 @@ def _refusals(pairs: Sequence[tuple[Party, Party]]) -> list[str]:
         else:
             others.append(f"- {reason}.")
     shared = [
-        f"- One of {', '.join(sorted(set(names)))}: each owns the {site} site." for site, names in sorted(sites.items())
+        f"- One of {', '.join(sorted(set(names)))}: each owns the {place_in_words(site)}."
+        for site, names in sorted(sites.items())
     ]
     return shared + others
 

@@ -1,9 +1,9 @@
 """Methods on decoding: the base classes of drafters and of gates.
 
-A drafter guesses the next tokens, the model verifies them in one forward, and what it would have written itself is kept:
-the text is the model's own, token for token under greedy decoding (up to rounding: a forward of several tokens adds in
-another order), and of its distribution under sampling. A gate says when a guess is worth its price. The two can be
-different methods, so that any gate goes with any drafter; a class that derives from both is both.
+A drafter guesses the next tokens, the model verifies them in one forward, and what it would have written itself is
+kept: the text is the model's own, token for token under greedy decoding (up to rounding: a forward of several tokens
+adds in another order), and of its distribution under sampling. A gate says when a guess is worth its price. The two can
+be different methods, so that any gate goes with any drafter; a class that derives from both is both.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Drafters and gates inside plain ``model.generate(...)``, by transformers' own assisted decoding.
 
 Two entries stand in the model's ``__dict__`` while a method does: ``generate``, which sees whether this call can be
-assisted and if so brings a decoding loop of ours (``custom_generate``, which is called when all inputs are prepared), and
-``_get_candidate_generator``, by which transformers' ``_assisted_decoding`` comes to the drafter. What it verifies, how it
-samples and how caches are cropped is transformers' own code.
+assisted and if so brings a decoding loop of ours (``custom_generate``, which is called when all inputs are prepared),
+and ``_get_candidate_generator``, by which transformers' ``_assisted_decoding`` comes to the drafter. What it verifies,
+how it samples and how caches are cropped is transformers' own code.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from hf_accel.sites.decoding.base import DecodingMethod, GateMethod
 from hf_accel.sites.decoding.draft import Draft
 from hf_accel.testing.models import tiny
 
-PROMPT = torch.arange(5).repeat(3)[None]
+PROMPT = torch.arange(1, 6).repeat(3)[None]  # without the padding token, which generate would mask
 LONG = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
