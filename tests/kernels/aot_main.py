@@ -1,7 +1,7 @@
-"""Compile every Triton kernel for GPUs that are not here: ``python tests/kernels/aot_main.py [cc ...]``.
+"""Compile a Triton kernel for GPUs that are not here: ``python tests/kernels/aot_main.py KERNEL [cc ...]``.
 
-A process of its own, because one that has imported Triton's interpreter cannot compile. Prints one line per
-case; the exit code is 1 if a case fails or if no case was found.
+``KERNEL`` is a folder of ``hf_accel/kernels``, or ``all``. A process of its own, because one that has imported Triton's
+interpreter cannot compile. Prints one line per case; the exit code is 1 if a case fails or if no case was found.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ import time
 COMPUTE_CAPABILITIES = (80, 90, 100)
 
 
-def kernel_modules() -> list[str]:
+def kernel_modules(kernel: str) -> list[str]:
     import hf_accel.kernels
 
     packages = [m.name for m in pkgutil.iter_modules(hf_accel.kernels.__path__, "hf_accel.kernels.") if m.ispkg]
-    return sorted(f"{name}.triton" for name in packages if importlib.util.find_spec(f"{name}.triton"))
+    chosen = [name for name in packages if kernel in ("all", name.rpartition(".")[2])]
+    return sorted(f"{name}.triton" for name in chosen if importlib.util.find_spec(f"{name}.triton"))
 
 
-def main(ccs: tuple[int, ...]) -> int:
+def main(kernel: str, ccs: tuple[int, ...]) -> int:
     import triton
 
     from hf_accel.kernels.common.aot import compile_case
 
     print(f"triton {triton.__version__} from {triton.__path__[0]}")
     compiled, failed, start = 0, 0, time.perf_counter()
-    for module in kernel_modules():
+    for module in kernel_modules(kernel):
         op = module.split(".")[-2]
         for cc in ccs:
             for case in importlib.import_module(module).aot_cases(cc):
                 began = time.perf_counter()
                 try:
-                    kernel = compile_case(case, cc)
+                    binary = compile_case(case, cc)
                 except Exception as error:  # noqa: BLE001 - a failure of any kind is reported, the rest go on
                     failed += 1
                     print(f"FAIL sm{cc} {op} {case.name}: {type(error).__name__}: {error}", flush=True)
@@ -43,7 +44,7 @@ def main(ccs: tuple[int, ...]) -> int:
                     compiled += 1
                     seconds = time.perf_counter() - began
                     print(
-                        f"ok   sm{cc} {op} {case.name}: {kernel.metadata.shared} B shared, {seconds:.1f} s",
+                        f"ok   sm{cc} {op} {case.name}: {binary.metadata.shared} B shared, {seconds:.1f} s",
                         flush=True,
                     )
     print(f"{compiled} compiled, {failed} failed, {time.perf_counter() - start:.0f} s")
@@ -51,4 +52,6 @@ def main(ccs: tuple[int, ...]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tuple(map(int, sys.argv[1:])) or COMPUTE_CAPABILITIES))
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1], tuple(map(int, sys.argv[2:])) or COMPUTE_CAPABILITIES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ def _umt5() -> torch.nn.Module:
 def _clip_text() -> torch.nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     return CLIPTextModel(CLIPTextConfig(**sizes, num_attention_heads=4, eos_token_id=49, bos_token_id=48))
 
 
