@@ -170,7 +170,7 @@ def _fits(value: Any, expected: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _types_of(cls: type[Config]) -> dict[str, Any]:
+def _types_of(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

@@ -6,10 +6,10 @@ import copy
 from dataclasses import dataclass
 
 import pytest
+import tiny
 import torch
 
 import hf_accel
-import tiny
 from hf_accel import errors, registry
 from hf_accel.config import Config, setting
 from hf_accel.facts import Facts
