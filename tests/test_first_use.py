@@ -32,7 +32,8 @@ before = set(sys.modules)
 import hf_accel
 hf_accel.apply(model, "svg2").revert()
 from hf_accel.presets import families
-print(json.dumps([sorted(set(sys.modules) - before), families._variants_in.cache_info().currsize, len(families._texts())]))
+read = families._variants_in.cache_info().currsize
+print(json.dumps([sorted(set(sys.modules) - before), read, len(families._texts())]))
 """
 
 
