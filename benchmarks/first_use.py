@@ -140,8 +140,8 @@ def main() -> int:
         record |= {"cpu_ms": quantiles(cpu)["p50_ms"], "revert_ms": quantiles(back)["p50_ms"]}
         records.append(record)
         print(
-            f"apply {name:<7} p50 {record['p50_ms']:.1f} ms, "
-            f"CPU {record['cpu_ms']:.1f}, revert {record['revert_ms']:.1f}"
+            f"apply {name:<7} p50 {record['p50_ms']:.1f} ms, CPU {record['cpu_ms']:.1f}, "
+            f"revert {record['revert_ms']:.1f}"
         )
     save(options.json, machine, records)
     return 0

@@ -53,7 +53,8 @@ class Config:
     VERSION: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        expected = _types_of(type(self))
+        cls: Any = type(self)
+        expected = _types_of(cls)
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
             value = self._checked(field, expected[field.name], given)

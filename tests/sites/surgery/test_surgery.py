@@ -6,7 +6,6 @@ import copy
 from dataclasses import dataclass
 
 import pytest
-import tiny
 import torch
 
 import hf_accel
@@ -15,6 +14,7 @@ from hf_accel.config import Config, setting
 from hf_accel.facts import Facts
 from hf_accel.report import Patched
 from hf_accel.sites.surgery.base import Surgery
+from hf_accel.testing.models import tiny
 
 
 @dataclass(frozen=True)
