@@ -40,8 +40,8 @@ _LAZY = {
 
 __all__ = [
     "Applied", "Converted", "Finetuner", "QWHAConfig", "__version__", "apply", "calibrate", "compare", "convert",
-    "explain", "generate_blocks", "initialize_qwha", "load_quantized", "load_trained", "methods", "register", "register_quantizers", "revert",
-    "save_trained", "unregister_quantizers",
+    "explain", "generate_blocks", "initialize_qwha", "load_quantized", "load_trained", "methods", "register",
+    "register_quantizers", "revert", "save_trained", "unregister_quantizers",
 ]  # fmt: skip
 
 
