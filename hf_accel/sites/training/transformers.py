@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from hf_accel.errors import HFAccelError
 from hf_accel.ledger import Ledger
@@ -236,8 +236,6 @@ class LoopEvents:
     """Runs a callback of transformers in a training loop of ours: the same events, state and control."""
 
     def __init__(self, callback: TrainerCallback, total: int, step: int):
-        from transformers.trainer_callback import TrainerControl, TrainerState
-
         self.callback, self.control = callback, TrainerControl()
         self.state = TrainerState(max_steps=total, global_step=step)
 

@@ -95,6 +95,7 @@ def test_a_new_model_and_the_old_one_as_it_was(model, tmp_path):
     assert torch.allclose(again(IDS).logits, converted.model(IDS).logits, atol=1e-6)
 
 
+@torch.no_grad()
 def test_full_budget_is_dense_and_the_error_falls_towards_it(model):
     wanted = model(IDS).logits
     errors_by_density = [
