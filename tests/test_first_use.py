@@ -26,7 +26,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 APPLIED = """
 import json, sys
-import tiny
+from hf_accel.testing.models import tiny
 model = tiny.build("wan")
 before = set(sys.modules)
 import hf_accel

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import hf_accel
-import tiny
 from hf_accel import errors, registry
 from hf_accel.config import Config, setting
 from hf_accel.facts import Facts
 from hf_accel.report import Patched
 from hf_accel.sites.surgery.base import Surgery
+from hf_accel.testing.models import tiny
 
 
 @dataclass(frozen=True)
