@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TRITON36 := .triton36
 OUT ?= demo-out
 
-.PHONY: demo check test test-all lint bench clean
+.PHONY: demo check test test-all lint docs-pages bench clean
 
 $(STAMP): requirements.lock pyproject.toml zoo/pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11') if sys.version_info < (3, 11) else None"
@@ -45,7 +45,13 @@ test: $(STAMP) $(TRITON36)/triton lint
 # Every cell of the matrix. Goes on where it stopped; outcomes are in tests/results/ and, from there, in the docs.
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 tests/matrix --cells all --record; outcome=$$?; \
-	$(BIN)/python docs/make/matrix.py > docs/matrix.md && exit $$outcome
+	$(MAKE) docs-pages && exit $$outcome
+
+# The pages that are made from results and from what methods declare.
+docs-pages: $(STAMP)
+	$(BIN)/python docs/make/tables.py
+	$(BIN)/python docs/make/compatibility.py > docs/.made && mv docs/.made docs/compatibility.md
+	$(BIN)/python docs/make/matrix.py > docs/.made && mv docs/.made docs/matrix.md
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run_all.py
