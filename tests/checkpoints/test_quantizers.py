@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import hf_accel
 import tiny_hosts
 from hf_accel.checkpoints.gptq import layout as checkpoint
+from hf_accel.checkpoints.gptq.declare import declare
 from hf_accel.errors import NotApplicable, QuantizationError
 from hf_accel.ledger import Ledger
 from hf_accel.quant.packed_linear import PackedLinear, why_not_packable
@@ -46,7 +47,7 @@ def pack(model, ledger, targets=None, **settings):
 def packed_model(family="llama", **settings):
     model, ledger = tiny_hosts.build(family), Ledger()
     pack(model, ledger, **settings)
-    checkpoint.declare(model, ledger)
+    declare(model, ledger)
     return model, ledger
 
 
@@ -244,7 +245,7 @@ def test_tied_layers_are_stored_once_and_shared_again(tmp_path):
 def test_a_packed_head_is_not_tied_to_its_embedding_again(tmp_path):
     model, ledger = tiny_hosts.build("llama"), Ledger()
     pack(model, ledger, targets=["head", "q_proj"])
-    checkpoint.declare(model, ledger)
+    declare(model, ledger)
     model.save_pretrained(tmp_path)
     assert config_of(tmp_path)["lm_head"] is True
     same_state(model, hf_accel.load_quantized(tmp_path))
@@ -265,7 +266,7 @@ def test_exceptions_are_told_to_other_tools(tmp_path):
     }
     named = set(settings.modules_in_block_to_quantize[0])
     assert named == {"self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"}
-    checkpoint.declare(model, ledger)
+    declare(model, ledger)
     model.save_pretrained(tmp_path)
     assert config_of(tmp_path)["dynamic"] == dict(settings.dynamic)
     loaded = hf_accel.load_quantized(tmp_path)
@@ -294,7 +295,7 @@ def test_the_declaration_is_undone_and_copied_with_the_model(family):
     model, ledger = tiny_hosts.build(family), Ledger()
     before, config = set(vars(model)), dict(vars(model.config)) if family == "llama" else model.config
     pack(model, ledger)
-    checkpoint.declare(model, ledger)
+    declare(model, ledger)
     twin, its = copy.deepcopy((model, ledger))
     assert twin.hf_quantizer is not model.hf_quantizer
     assert model.is_quantized
@@ -476,7 +477,7 @@ def test_quantising_while_loading_is_refused_with_what_to_do(tmp_path):
 
 def test_a_model_without_packed_layers_declares_nothing():
     with pytest.raises(QuantizationError, match="holds no packed linear"):
-        checkpoint.declare(tiny_hosts.build("llama"), Ledger())
+        declare(tiny_hosts.build("llama"), Ledger())
 
 
 def test_a_zero_that_v1_cannot_hold_names_its_layer(tmp_path):

@@ -583,10 +583,10 @@ def test_split_mask_of_a_static_layout():
 
 
 def test_masks_are_read_once_and_again_if_they_change(monkeypatch):
-    from hf_accel.sites.prefix_attention import seam as block_seam
+    from hf_accel.sites.prefix_attention import masks
 
     asked = []
-    monkeypatch.setattr(block_seam, "split_mask", lambda *a: asked.append(a) or split_mask(*a))
+    monkeypatch.setattr(masks, "split_mask", lambda *a: asked.append(a) or split_mask(*a))
     memo, mask = MaskMemo(), torch.ones(1, 6, dtype=torch.bool)
     assert memo.split(mask, 4, 2) == memo.split(mask, 4, 2) == (None, None)
     assert len(asked) == 1
