@@ -12,7 +12,7 @@ from hf_accel.errors import HFAccelError
 from hf_accel.facts import HOSTS_OF, Facts, Host, Medium
 from hf_accel.testing.models import block_diffusion, encoders, tiny
 
-Loop = Literal["forward", "blocks", "encoder"]
+Loop = Literal["forward", "blocks", "encoder", "text"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Family:
 
     Attributes:
         name: of the family.
-        loop: how it is run: in forwards, by writing blocks, or as an encoder beside a generation.
+        loop: how it is run: in forwards, by writing blocks, or as an encoder beside a generation. Language models are
+            run in forwards, and in calls of ``generate`` ("text") for methods on what only these have.
         build: makes a tiny model from a seed, in eval mode.
         host: the kind of network; None for encoders, which only methods that change weights take.
         medium: what its tokens show; None where nobody reads them.
@@ -74,11 +75,12 @@ def family_named(name: str) -> Family:
 def loop_of(facts: Facts) -> Loop | None:
     """How a method is run in its promises; None where it can only be asked for its declarations.
 
-    Adapters stand on another method, recipes on a training, a surgery gives back another model; what decodes has no
-    loop in the kit.
+    Adapters stand on another method, recipes on a training, a surgery gives back another model.
     """
-    if facts.kind != "patch" or any(facts.at(site) for site in ("adapter", "decoding", "training", "surgery")):
+    if facts.kind != "patch" or any(facts.at(site) for site in ("adapter", "training", "surgery")):
         return None
+    if facts.hosts == {"language model"} and (facts.at("kv cache") or facts.at("decoding")):
+        return "text"
     if facts.at("linear"):
         return "encoder"
     return "blocks" if facts.hosts == {"block diffusion"} else "forward"
@@ -89,6 +91,8 @@ def claims(facts: Facts, family: Family) -> bool:
     loop = loop_of(facts)
     if loop == "encoder":
         return family.loop != "blocks" and (family.host is None or _in_place(facts, family))
+    if loop == "text":
+        return family.host == "language model"
     if loop is None or loop != family.loop:
         return False
     if loop == "blocks":

@@ -133,6 +133,8 @@ def _checks(method: str) -> list[Check]:
         from hf_accel.testing.checks.linears import CHECKS as checks
     elif loop == "blocks":
         from hf_accel.testing.checks.blocks import CHECKS as checks
+    elif loop == "text":
+        from hf_accel.testing.checks.text import CHECKS as checks
     elif loop == "forward":
         from hf_accel.testing.checks.forwards import CHECKS as checks
     else:

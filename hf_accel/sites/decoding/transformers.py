@@ -89,14 +89,18 @@ class RoleChange:
 
     module: Any
     part: Part
+    seam: DecodingSeam | None = None  # the very same comes back if this is undone and done again
 
     def redo(self) -> None:
         own = self.module.__dict__
         if _SEAM not in own:
-            functions = {"generate": _generate, "_get_candidate_generator": _get_candidate_generator}
-            entries = {name: types.MethodType(function, self.module) for name, function in functions.items()}
-            own[_SEAM] = DecodingSeam(entries=entries)
-            own.update(entries)
+            if self.seam is None:
+                functions = {"generate": _generate, "_get_candidate_generator": _get_candidate_generator}
+                entries = {name: types.MethodType(function, self.module) for name, function in functions.items()}
+                self.seam = DecodingSeam(entries=entries)
+            own[_SEAM] = self.seam
+            own.update(self.seam.entries)
+        self.seam = own[_SEAM]
         own[_SEAM].parts.append(self.part)
 
     def blocked(self) -> str | None:

@@ -24,7 +24,7 @@ LONG = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_tok
 
 def facts(*slots):
     places = frozenset(f"decoding: {slot}" for slot in slots) if slots else frozenset({"decoding"})
-    return Facts(sites=places, media=frozenset({"text"}), exact=True)
+    return Facts(sites=places, media=frozenset({"text"}), hosts=frozenset({"language model"}), exact=True)
 
 
 def config(name):
@@ -405,3 +405,18 @@ def test_drafts_are_checked():
     ):
         with pytest.raises(errors.HFAccelError, match="Draft: "):
             wrong()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks transformers
+def test_the_kit_holds_a_drafter_to_its_promises():
+    import unittest
+
+    from hf_accel.testing import promises
+
+    asked = promises("toy-lookup", "llama")
+    assert len(asked) > 10
+    for promise in asked:
+        try:
+            promise()
+        except unittest.SkipTest:
+            continue

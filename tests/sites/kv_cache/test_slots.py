@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unittest
 from dataclasses import dataclass
 
 import pytest
@@ -49,7 +50,7 @@ class Identity(CodecMethod):
 
 class EightBits(CodecMethod):
     name, paper, summary = "toy-8-bits", "none", "every token of a head rounded to 8 bits"
-    facts = Facts(sites=frozenset({"kv cache: codec"}), **TEXT)
+    facts = Facts(sites=frozenset({"kv cache: codec"}), full_budget={"window": 10**6}, **TEXT)
     Config = EightBitsConfig
 
     def encode(self, keys, values, layer):
@@ -274,3 +275,19 @@ def test_other_models_are_refused_in_words(family):
     model = tiny_hosts.build("t5") if family == "t5" else tiny.build(family)
     with pytest.raises(NotApplicable, match=r"not a language model|encoder-decoder"):
         hf_accel.apply(model, "toy-identity")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks transformers
+@pytest.mark.parametrize("method", ["toy-identity", "toy-8-bits"])
+def test_the_kit_holds_a_codec_to_its_promises(method):
+    """As an author would: at full budget (here: nothing is encoded) the text is the model's own."""
+    from hf_accel.testing import families, promises
+
+    assert families(method) == ["llama"]
+    asked = promises(method)
+    assert len(asked) > 12
+    for promise in asked:
+        try:
+            promise()
+        except unittest.SkipTest:
+            continue
