@@ -43,8 +43,8 @@ test: $(STAMP) $(TRITON36)/triton lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cells changed
 
 # Every cell of the matrix. Goes on where it stopped; outcomes are in tests/results/ and, from there, in the docs.
-test-all: $(STAMP)
-	$(BIN)/python -m pytest -n 2 tests/matrix --cells all --record; outcome=$$?; \
+test-all: $(STAMP) $(TRITON36)/triton
+	$(BIN)/python -m pytest -n 2 tests/matrix tests/kernels/test_aot.py --cells all --record; outcome=$$?; \
 	$(MAKE) docs-pages && exit $$outcome
 
 # The pages that are made from results and from what methods declare.

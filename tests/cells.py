@@ -4,11 +4,16 @@ A cell is one promise of one method on one family. ``--cells`` chooses:
 
 - ``all`` asks every cell;
 - ``representative`` asks every promise of every method on one family of each kind (``REPRESENTATIVES`` of the kit);
-- ``changed`` adds to these every cell of the methods that changed code touches.
+- ``changed`` adds to these every cell of the methods that code touches which changed since they were recorded.
 
 What a change touches is read from imports: a file of the package touches the methods whose module needs it, through
 however many others. Files that nobody's cells can depend on touch none; anything else, and anything when git cannot
-say what changed, touches all.
+say what changed, touches all. Changed is what differs from the commit at which all cells of a method were recorded last
+(``make test-all``), committed or not; so nothing goes unasked because it landed in several commits. A method without a
+record is asked everywhere.
+
+Kernels are compiled ahead of time likewise: all cases of those that changed since they were recorded, the first case of
+the others.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ PACKAGE = ROOT / "hf_accel"
 RESULTS = ROOT / "tests" / "results"
 LOG = RESULTS / "cells.jsonl"  # one line per cell that was asked: where the next run goes on
 SUMMARY = RESULTS / "matrix.json"  # what the documentation shows
+COMPILED = RESULTS / "compiled.json"  # kernels all of whose cases compile, by a hash of their code
 CHOICES = ("all", "changed", "representative")
 # Nothing that a cell runs is in these, unless the module of a method imports it.
 QUIET = (
@@ -36,7 +42,7 @@ QUIET = (
     "hf_accel/cli.py", "hf_accel/measure/", "hf_accel/train/", "hf_accel/presets/", "hf_accel/checkpoints/",
     "hf_accel/generation/",
 )  # fmt: skip
-LOUD_TESTS = ("tests/matrix/", "tests/cells.py", "tests/conftest.py")
+LOUD_TESTS = ("tests/matrix/",)
 
 
 # -- what changed ------------------------------------------------------------------------------------------------------
@@ -50,23 +56,9 @@ def git(*words: str) -> str | None:
         return None
 
 
-def base() -> str | None:
-    """Where this work left main; on main, the commit before."""
-    head = git("rev-parse", "HEAD")
-    for branch in ("origin/main", "main"):
-        found = git("merge-base", "HEAD", branch)
-        if found is not None and found != head:
-            return found.strip()
-    found = git("rev-parse", "HEAD~1")
-    return found.strip() if found is not None else None
-
-
 @functools.cache
-def changed_files() -> frozenset[str] | None:
-    """Paths that differ from :func:`base`, committed or not, new ones included; None if git cannot say."""
-    since = base()
-    if since is None:
-        return None
+def changed_files(since: str) -> frozenset[str] | None:
+    """Paths that differ from a commit, committed or not, new ones included; None if git cannot say."""
     differing, new = git("diff", "--name-only", since), git("ls-files", "--others", "--exclude-standard")
     if differing is None or new is None:
         return None
@@ -165,9 +157,42 @@ def wanted(item: Any, cells: str, of: frozenset[str], changed: frozenset[str]) -
 
 
 def methods_changed() -> frozenset[str]:
+    """The methods that code touches which changed since all of their cells were recorded."""
     from hf_accel import registry
+    from hf_accel.testing import families
 
-    return touched(changed_files(), {name: cls.__module__ for name, cls in registry.methods().items()})
+    rows = read_summary()
+    out: set[str] = set()
+    for name, cls in registry.methods().items():
+        own = {row["family"]: row for row in rows if row["method"] == name}
+        if own.keys() < {None, *families(name)} or any(row["broken"] for row in own.values()):
+            out.add(name)
+            continue
+        for commit in {row["commit"] for row in own.values()}:
+            out |= touched(changed_files(commit), {name: cls.__module__})
+    return frozenset(out)
+
+
+def kernel_code(kernel: str, triton: str) -> str:
+    """A hash of what decides how a kernel compiles: its folder, what kernels share, and the version of Triton."""
+    digest = hashlib.sha256(triton.encode())
+    for folder in (PACKAGE / "kernels" / kernel, PACKAGE / "kernels" / "common"):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(str(file.relative_to(PACKAGE)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def compiled(kernel: str, triton: str) -> bool:
+    """Whether all cases of a kernel, as it is now, were recorded to compile on this version of Triton."""
+    known = json.loads(COMPILED.read_text()) if COMPILED.is_file() else {}
+    return known.get(f"{kernel} {triton}") == kernel_code(kernel, triton)
+
+
+def record_compiled(kernel: str, triton: str) -> None:
+    """All cases of a kernel compiled on this version of Triton."""
+    known = json.loads(COMPILED.read_text()) if COMPILED.is_file() else {}
+    known[f"{kernel} {triton}"] = kernel_code(kernel, triton)
+    COMPILED.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
 # -- what was found ----------------------------------------------------------------------------------------------------

@@ -79,6 +79,9 @@ class Recorder:
         if promise is not None and (report.when == "call" or not report.passed):
             self.file.write(json.dumps(cells.line_of(report, promise)) + "\n")
             self.file.flush()
+        compiled = dict(report.user_properties).get("compiled")
+        if compiled is not None and report.when == "call" and report.passed:
+            cells.record_compiled(*compiled)
 
     def pytest_sessionfinish(self):
         self.file.close()

@@ -1,7 +1,8 @@
-"""Compile a Triton kernel for GPUs that are not here: ``python tests/kernels/aot_main.py KERNEL [cc ...]``.
+"""Compile a Triton kernel for GPUs that are not here: ``python tests/kernels/aot_main.py KERNEL [--first] [cc ...]``.
 
-``KERNEL`` is a folder of ``hf_accel/kernels``, or ``all``. A process of its own, because one that has imported Triton's
-interpreter cannot compile. Prints one line per case; the exit code is 1 if a case fails or if no case was found.
+``KERNEL`` is a folder of ``hf_accel/kernels``, or ``all``; ``--first`` compiles one case of it. A process of its own,
+because one that has imported Triton's interpreter cannot compile. Prints one line per case; the exit code is 1 if a
+case fails or if no case was found.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def kernel_modules(kernel: str) -> list[str]:
     return sorted(f"{name}.triton" for name in chosen if importlib.util.find_spec(f"{name}.triton"))
 
 
-def main(kernel: str, ccs: tuple[int, ...]) -> int:
+def main(kernel: str, ccs: tuple[int, ...], first: bool = False) -> int:
     import triton
 
     from hf_accel.kernels.common.aot import compile_case
@@ -33,7 +34,8 @@ def main(kernel: str, ccs: tuple[int, ...]) -> int:
     for module in kernel_modules(kernel):
         op = module.split(".")[-2]
         for cc in ccs:
-            for case in importlib.import_module(module).aot_cases(cc):
+            cases = list(importlib.import_module(module).aot_cases(cc))
+            for case in cases[:1] if first else cases:
                 began = time.perf_counter()
                 try:
                     binary = compile_case(case, cc)
@@ -54,4 +56,5 @@ def main(kernel: str, ccs: tuple[int, ...]) -> int:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    sys.exit(main(sys.argv[1], tuple(map(int, sys.argv[2:])) or COMPUTE_CAPABILITIES))
+    given = [word for word in sys.argv[2:] if word != "--first"]
+    sys.exit(main(sys.argv[1], tuple(map(int, given)) or COMPUTE_CAPABILITIES, "--first" in sys.argv))
