@@ -9,8 +9,8 @@ A cell is one promise of one method on one family. ``--cells`` chooses:
 What a change touches is read from imports: a file of the package touches the methods whose module needs it, through
 however many others. Files that nobody's cells can depend on touch none; anything else, and anything when git cannot
 say what changed, touches all. Changed is what differs from the commit at which all cells of a method were recorded last
-(``make test-all``), committed or not; so nothing goes unasked because it landed in several commits. A method without a
-record is asked everywhere.
+(``make test-all``), committed or not; so nothing goes unasked because it landed in several commits. For a method that
+was never recorded it is what differs from main, or on main from the commit before.
 
 Kernels are compiled ahead of time likewise: all cases of those that changed since they were recorded, the first case of
 the others.
@@ -54,6 +54,18 @@ def git(*words: str) -> str | None:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+@functools.cache
+def base() -> str | None:
+    """Where this work left main; on main, the commit before."""
+    head = git("rev-parse", "HEAD")
+    for branch in ("origin/main", "main"):
+        found = git("merge-base", "HEAD", branch)
+        if found is not None and found != head:
+            return found.strip()
+    found = git("rev-parse", "HEAD~1")
+    return found.strip() if found is not None else None
 
 
 @functools.cache
@@ -165,11 +177,9 @@ def methods_changed() -> frozenset[str]:
     out: set[str] = set()
     for name, cls in registry.methods().items():
         own = {row["family"]: row for row in rows if row["method"] == name}
-        if own.keys() < {None, *families(name)} or any(row["broken"] for row in own.values()):
-            out.add(name)
-            continue
-        for commit in {row["commit"] for row in own.values()}:
-            out |= touched(changed_files(commit), {name: cls.__module__})
+        recorded = own.keys() >= {None, *families(name)}
+        for commit in {row["commit"] for row in own.values()} if recorded else {base()}:
+            out |= touched(changed_files(commit) if commit is not None else None, {name: cls.__module__})
     return frozenset(out)
 
 
