@@ -1,3 +1,7 @@
-"""The face of :mod:`hf_accel_zoo.llama`."""
+"""The very module :mod:`hf_accel_zoo.llama`, under the name that it had before the zoo was a distribution of its own."""
 
-from hf_accel_zoo.llama import *  # noqa: F403
+import sys
+
+from hf_accel_zoo import llama
+
+sys.modules[__name__] = llama

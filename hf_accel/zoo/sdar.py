@@ -1,3 +1,7 @@
-"""The face of :mod:`hf_accel_zoo.sdar`."""
+"""The very module :mod:`hf_accel_zoo.sdar`, under the name that it had before the zoo was a distribution of its own."""
 
-from hf_accel_zoo.sdar import *  # noqa: F403
+import sys
+
+from hf_accel_zoo import sdar
+
+sys.modules[__name__] = sdar
