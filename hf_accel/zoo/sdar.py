@@ -1,4 +1,4 @@
-"""The very module :mod:`hf_accel_zoo.sdar`, under the name that it had before the zoo was a distribution of its own."""
+"""The very module :mod:`hf_accel_zoo.sdar`, by the name that it had before the zoo was a distribution of its own."""
 
 import sys
 
