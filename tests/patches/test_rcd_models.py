@@ -50,7 +50,9 @@ def test_full_bidirectional_models(family):
         again = refine(model, prompt(2, 5), 6, shift=shift)
         run = applied.report().entries[0].run
     assert torch.equal(first[1], by_hand[1])
-    assert close(first[0], by_hand[0])
+    # A step is fed what the last one gave, so that the rounding of one is added to that of the next.
+    for step, (ours, theirs) in enumerate(zip(first[0], by_hand[0], strict=True), 1):
+        assert close([ours], [theirs], 2e-5 * step), f"step {step}"
     assert not close(first[0], plain[0], 1e-3)
     assert torch.equal(first[0][0], plain[0][0])
     assert all(torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True))
