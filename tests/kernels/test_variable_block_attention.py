@@ -61,8 +61,10 @@ def check(case: Case, backend: str, query_order=None, **kwargs):
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
     torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    # The scores are fp32 in every form, so the LSE is as exact in the half types.
-    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+    # The scores are fp32 in every form. PyTorch's flash attention on a CPU takes their exponentials to about 2e-5 in
+    # the half types, on processors for which it has a fast exponential; a kernel of ours does not.
+    limit = 1e-4 if backend == "torch" and dtype != torch.float32 and out.device.type == "cpu" else 1e-5
+    torch.testing.assert_close(lse, expected_lse, atol=limit, rtol=limit)
     empty = expected_lse.isneginf()
     assert bool((out[empty] == 0).all())
     return out, lse
