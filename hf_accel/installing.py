@@ -12,7 +12,7 @@ from hf_accel.errors import (
     NothingPatched,
     RevertRefused,
 )
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks, clocks
 from hf_accel.hosts.foreign import standing
 from hf_accel.hosts.target import Model, Target
 from hf_accel.ledger import MARK, Change, Ledger
@@ -47,13 +47,13 @@ def install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Mode
     standing = [(model, marks_of(model.carrier), [*marks_of(model.carrier)]) for model, _ in replaced]
     undone = undo(replaced)
     # One clock per method, shared by the models of a pipeline: every installation accounts for every forward itself.
-    clocks = {wanted.method: Clock(target.pipeline) for _, wanted in plan}
+    of_method = {wanted.method: clocks(target.pipeline) for _, wanted in plan}
     former = {(model.name, old.method.name): old.method for model, old in replaced}
     done: list[tuple[Model, Installation]] = []
     try:
         for model, wanted in plan:
             earlier = former.get((model.name, wanted.method))
-            done.append((model, _put(model, wanted, clocks[wanted.method], earlier)))
+            done.append((model, _put(model, wanted, of_method[wanted.method], earlier)))
     except BaseException:
         undo(done)
         for (_, old), changes in zip(replaced, undone, strict=True):
@@ -65,7 +65,7 @@ def install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Mode
     return done
 
 
-def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = None) -> Installation:
+def _put(model: Model, wanted: Wanted, clock: Clocks, former: Method | None = None) -> Installation:
     config = wanted.config
     method = registry.get(config.METHOD)(config)
     method.given = Given(wanted.given)

@@ -10,7 +10,7 @@ import torch
 
 from hf_accel.base import Method
 from hf_accel.errors import NothingPatched
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched, Skipped
@@ -60,7 +60,7 @@ class LinearMethod(Method):
         told = "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
         return f"a {what} without linears that could be {cls.verb}{f' ({told})' if told else ''}"
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         sites = self.sites(model, report)
         handle = self.replace_all(model, sites, ledger, report)
         report.patched += [Patched(model.name, site.name, self.kind_in_words(site)) for site in sites]

@@ -36,14 +36,14 @@ class Every(OutputCacheMethod):
     Config = EveryConfig
     history = 2
 
-    def why_run(self, step, kept):
+    def why_run(self, step, kept, state):
         if self.config.line and len(kept) < 2:
             return "two points make a line"
         return None if step.index % self.config.interval else "every n-th step"
 
-    def forecast(self, step, kept):
+    def forecast(self, step, kept, state):
         if not self.config.line:
-            return super().forecast(step, kept)
+            return super().forecast(step, kept, state)
         before, last = kept
         ahead = (step.index - last.step.index) / (last.step.index - before.step.index)
         return last.value + ahead * (last.value - before.value)
