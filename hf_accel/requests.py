@@ -19,7 +19,8 @@ import os
 import threading
 import weakref
 from collections import deque
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 
@@ -65,6 +66,22 @@ class Request:
 
 # Those that were entered and not left, from the outside in.
 _OPENED: contextvars.ContextVar[tuple[Request, ...]] = contextvars.ContextVar("hf_accel_requests", default=())
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def its_own_request(function: F) -> F:
+    """A function whose every call is a request, unless its caller has opened one."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _OPENED.get():
+            return function(*args, **kwargs)
+        with Request(function.__name__):
+            return function(*args, **kwargs)
+
+    return cast(F, call)
 
 
 class _OfThread(threading.local):
@@ -174,7 +191,10 @@ class PerRequest(Generic[T]):
             return [self.shared, *(fork for _, fork in self._forks.values())]
 
     def total(self) -> Any:
-        """The statistics of all requests together, in the order in which they came."""
+        """The statistics of all requests together, in the order in which they came. While there is one request, these
+        are its own, which go on counting."""
+        if not self._forks and not self._gone and not self._any_gone:
+            return self.now().run
         with _LOCK:
             self._add_up()
             living = [fork.run for _, fork in self._forks.values()]
