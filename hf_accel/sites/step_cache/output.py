@@ -87,12 +87,12 @@ def install(model: Model, core: OutputCore, ledger: Ledger, report: MethodReport
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward that runs now, for the books; ``forecast`` is its output if it is not run."""
+    """One forward that runs now, for the books; ``forecast`` is the tensor in its output if it is not run."""
 
     step: Step | None = None
     shape: tuple[Any, ...] = ()
     reason: str = ""
-    forecast: Any = None
+    forecast: torch.Tensor | None = None
 
 
 class OutputSeam(StepSeam):
@@ -130,7 +130,7 @@ class OutputSeam(StepSeam):
         if reason is not None:
             return Forward(step, shape, reason)
         self.run.record(step.index, None, shape, self._bytes())
-        return Forward(step, shape, forecast=self._rebuild(self.core.forecast(step, kept, self.state)))
+        return Forward(step, shape, forecast=self.core.forecast(step, kept, self.state))
 
     def end(self, forward: Forward, output: Any) -> None:
         """A forward ran: keep its output, write down why it ran."""
@@ -147,6 +147,10 @@ class OutputSeam(StepSeam):
         kept = self._kept.setdefault(step.branch, [])
         kept.append(Output(step, value.detach().clone()))  # schedulers and guidance may write into it
         del kept[: -max(self.core.history, 1)]
+
+    def output_of(self, forecast: torch.Tensor) -> Any:
+        """A forecast in the form that this network's output has."""
+        return forecast if self._rebuild is None else self._rebuild(forecast)
 
     def _bytes(self) -> int:
         return sum(output.value.nbytes for kept in self._kept.values() for output in kept)
@@ -168,26 +172,33 @@ def _parts(output: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]] | 
     return None
 
 
+def _copied(forecast: torch.Tensor) -> torch.Tensor:
+    """Whoever gets an output may write into it, and what is kept is forecast from again.
+
+    This is a function that ``torch.compile`` may trace: with ``fullgraph=True`` it refuses a call that ran no graph.
+    """
+    return forecast.clone()
+
+
 @functools.cache
 def _forward_of(cls: Any) -> Callable:
     """The override of ``cls.forward``. Keeps the signature, which pipelines inspect."""
     native = cls.forward
     names = [name for name in inspect.signature(native).parameters if name != "self"]
-    now_of, begin, end, finish = (
-        torch._dynamo.disable(decide, reason="hf_accel chooses whether a step runs")
-        for decide in (PerRequest.now, OutputSeam.begin, OutputSeam.end, OutputSeam.finish)
-    )
+    decide = functools.partial(torch._dynamo.disable, reason="hf_accel chooses whether a step runs")
+    now_of, inside, output_of = decide(PerRequest.now), decide(below), decide(OutputSeam.output_of)
+    begin, end, finish = decide(OutputSeam.begin), decide(OutputSeam.end), decide(OutputSeam.finish)
 
     @functools.wraps(native)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inner = below(self, override)
+        inner = inside(self, override)
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         if "timestep" not in arguments or (not args and names[0] not in arguments) or len(args) > len(names):
             return inner(*args, **kwargs)  # raises what the host raises
         seam = now_of(self.__dict__[_ATTRIBUTE])
         now = begin(seam, self, arguments)
         if now.forecast is not None:
-            return now.forecast
+            return output_of(seam, _copied(now.forecast))
         try:
             out = inner(*args, **kwargs)
         except BaseException:
