@@ -35,7 +35,19 @@ class LinearMethod(Method):
     @abstractmethod
     def replacement(self, site: LinearSite) -> torch.nn.Module:
         """The module that takes the place of a linear: called with ``[..., in_features]``, it gives
-        ``[..., out_features]``. ``site`` has its weight ``[out_features, in_features]``, bias, name and role."""
+        ``[..., out_features]``, and has both numbers as attributes.
+
+        Args:
+            site: has the linear's ``weight`` (``[out_features, in_features]``, the layer's own memory: not to be
+                written to or kept), ``bias`` (``[out_features]`` or None), ``in_features``, ``out_features``, ``name``
+                and ``role``.
+
+        Returns:
+            torch.nn.Module: on any device, without hooks; it is moved to the device of the linear. What it computes
+            with should be buffers, as the weights of a patch are not trained; where it has parameters, they are.
+
+        The error :class:`~hf_accel.errors.WeightsMismatch` is raised of one with other sizes, or without them.
+        """
 
     @classmethod
     def why_not_linear(cls, site: LinearSite) -> str | None:
