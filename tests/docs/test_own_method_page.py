@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hf_accel import new
+from hf_accel import method, new
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "your-own-method.md").read_text()
@@ -34,6 +34,13 @@ def test_every_method_of_the_example_is_shown():
 def test_every_site_that_a_package_is_written_for_has_a_row():
     rows = re.findall(r"^\| `([\w-]+)` \| `\w+` \|", PAGE, re.M)
     assert rows == list(new.SITES)
+
+
+def test_what_authors_import_is_there():
+    assert all(getattr(method, name) is not None for name in method.__all__)
+    files = [*EXAMPLE.rglob("*.py"), *new.SKELETONS.glob("*.txt")]
+    for names in re.findall(r"^from hf_accel\.method import (.*)$", "\n".join(map(Path.read_text, files)), re.M):
+        assert {name.strip() for name in names.split(",")} <= set(method.__all__)
 
 
 def test_links_lead_somewhere():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_accel.config import Config, setting
-from hf_accel.method import AttentionMethod, Facts
+from hf_accel.method import AttentionCall, AttentionMethod, Facts
 
 CHUNK = 512  # queries per call of the kernel: larger ones compute more pairs that the mask throws away
 
@@ -28,11 +28,8 @@ class LocalWindowConfig(Config):
 
 
 class LocalWindow(AttentionMethod):
-    name, paper, summary = (
-        "local-window",
-        "Longformer (arXiv 2004.05150)",
-        "a window along the sequence of video tokens",
-    )
+    name, paper = "local-window", "Longformer (arXiv 2004.05150)"
+    summary = "a window along the sequence of video tokens"
     facts = Facts(
         site="attention",
         needs=frozenset({"token grid"}),  # calls whose grid is unknown run dense, and are counted
@@ -42,11 +39,11 @@ class LocalWindow(AttentionMethod):
     )
     Config = LocalWindowConfig
 
-    def attend(self, call: Any, state: Any) -> torch.Tensor:
+    def attend(self, call: AttentionCall, state: Any) -> torch.Tensor:
         tokens = call.query.shape[2]
         start, stop = call.grid.video_span(tokens)
         # A range made on the device: numbers copied from Python would wait for it in every layer, and a range in the
-        # query's dtype would be wrong, since half types have no odd numbers beyond a few hundred.
+        # query's dtype would be wrong, since bfloat16 counts to 256 and float16 to 2048.
         place = torch.arange(tokens, device=call.query.device)
         before, after = place[:start], place[stop:]
         out, pairs = [], tokens * (tokens - (stop - start))
@@ -68,7 +65,9 @@ class LocalWindow(AttentionMethod):
         return torch.cat(out, dim=2)
 
 
-def _attention(call: Any, rows: torch.Tensor, columns: torch.Tensor, near: torch.Tensor | None = None) -> torch.Tensor:
+def _attention(
+    call: AttentionCall, rows: torch.Tensor, columns: torch.Tensor, near: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention ``[B, H, len(rows), D]`` of some queries to some keys, under the host's mask and ours (bool)."""
     mask = near
     if call.mask is not None:

@@ -8,13 +8,12 @@ matrices gives those back. Here a row of the weight is rounded with a scale of i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from hf_accel.config import Config, setting
-from hf_accel.method import Facts, LinearMethod
+from hf_accel.method import Facts, LinearMethod, LinearSite
 
 
 @dataclass(frozen=True)
@@ -65,5 +64,5 @@ class LowRankRepair(LinearMethod):
     Config = LowRankRepairConfig
     verb = "repaired"
 
-    def replacement(self, site: Any) -> torch.nn.Module:
+    def replacement(self, site: LinearSite) -> torch.nn.Module:
         return RepairedLinear(site.weight, site.bias, self.config.rank)

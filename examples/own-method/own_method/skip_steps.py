@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hf_accel.config import Config, setting
-from hf_accel.method import Facts, OutputCacheMethod
+from hf_accel.method import Facts, Output, OutputCacheMethod, Step
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class SkipSteps(OutputCacheMethod):
     Config = SkipStepsConfig
     history = 1  # outputs of each guidance branch that are kept for this method
 
-    def why_run(self, step: Any, kept: Sequence[Any], state: Any) -> str | None:
+    def why_run(self, step: Step, kept: Sequence[Output], state: Any) -> str | None:
         """A text is the reason, which the report counts; None: the step does not run, see :meth:`forecast`."""
         if step.index < self.config.first_steps:
             return "first steps"
@@ -36,6 +38,6 @@ class SkipSteps(OutputCacheMethod):
             return "every n-th step"
         return None
 
-    def forecast(self, step: Any, kept: Sequence[Any], state: Any) -> Any:
+    def forecast(self, step: Step, kept: Sequence[Output], state: Any) -> torch.Tensor:
         """The newest output again, as in the base class; a method that knows better extrapolates here."""
         return kept[-1].value

@@ -1,7 +1,5 @@
 """A window along the sequence: the kit's promises, the window itself, and every kind of mask."""
 
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,7 @@ from own_method import local_window
 from own_method.local_window import LocalWindow, LocalWindowConfig
 
 import hf_accel
-from hf_accel.attention.call import TokenGrid
+from hf_accel.method import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.testing import promises
 from hf_accel.testing.models import tiny
 
@@ -27,11 +25,8 @@ def call(dtype, grid, tokens, mask=None, heads=4, kv_heads=4):
     generator = torch.Generator().manual_seed(0)
     shapes = (1, heads, tokens, 16), (1, kv_heads, tokens, 16), (1, kv_heads, tokens, 16)
     query, key, value = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    noted = {}
-    return types.SimpleNamespace(
-        query=query, key=key, value=value, mask=mask, scale=0.25, grid=grid, notes=noted,
-        record_density=lambda density: noted.update(density=density),
-    )  # fmt: skip
+    step, layer = Step(0, 1, 500.0, 0.0, "cond", 0), Layer("blocks.0", 0, 1)
+    return AttentionCall(query, key, value, mask, 0.25, False, layer, grid, step, dense=lambda: query)
 
 
 def wanted(call, width, start, stop):
@@ -42,9 +37,8 @@ def wanted(call, width, start, stop):
     mask = torch.zeros(near.shape).masked_fill(~near, float("-inf"))
     if call.mask is not None:
         theirs = call.mask
-        mask = mask + (
-            torch.zeros(theirs.shape).masked_fill(~theirs, float("-inf")) if theirs.dtype == torch.bool else theirs
-        )
+        hidden = theirs.dtype == torch.bool
+        mask = mask + (torch.zeros(theirs.shape).masked_fill(~theirs, float("-inf")) if hidden else theirs)
     query, key, value = (x.float() for x in (call.query, call.key, call.value))
     return F.scaled_dot_product_attention(query, key, value, mask, scale=call.scale, enable_gqa=True), near
 

@@ -44,9 +44,8 @@ class LinearMethod(Method):
 
         Returns:
             torch.nn.Module: on any device, without hooks; it is moved to the device of the linear. What it computes
-            with should be buffers, as the weights of a patch are not trained; where it has parameters, they are.
-
-        The error :class:`~hf_accel.errors.WeightsMismatch` is raised of one with other sizes, or without them.
+            with are buffers, which no optimizer finds; what is trained are adapters. One with other sizes, or without
+            these attributes, is refused (:class:`~hf_accel.errors.WeightsMismatch`).
         """
 
     @classmethod
