@@ -82,6 +82,9 @@ def test_what_is_written_registers_and_keeps_a_promise(own, monkeypatch, capsys,
     assert f'promises("{name}", "{skeleton.family}", settings=SETTINGS)' in tests
     asked = promises(name, skeleton.family, settings=eval(skeleton.settings))
     next(one for one in asked if one.name == CHEAP[site])()
+    for one in promises(name):
+        if one.family is None:
+            one()
 
 
 def test_one_of_them_as_an_author_runs_it(own):
