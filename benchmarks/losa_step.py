@@ -87,12 +87,12 @@ class Block:
 
     def steps(self, method: PrefixAttentionMethod) -> Callable[[], torch.Tensor]:
         """One step after another of one block that does not end."""
-        state, count = method.new_state(), 0
+        state, of_request, count = method.new_state(), method.new_request_state(), 0
 
         def step() -> torch.Tensor:
             nonlocal count
             call = self.calls[count % STEPS]
-            call.index = count
+            call.index, call.request_state = count, of_request
             count += 1
             return method.attend(call, state)
 

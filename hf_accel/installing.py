@@ -101,15 +101,15 @@ def _mark(model: Model, marks: list[Installation]) -> None:
         return
     own.setdefault(MARK, [])[:] = marks
     if model.trainer is None and REDUCE not in own:
-        own[REDUCE] = Reducer(model.module, _take_off)
+        own[REDUCE] = Reducer(model.module, _take_off, put_on_again)
 
 
 def _take_off(module: torch.nn.Module, installed: list[Installation]) -> None:
     undo([(Model("model", module), installation) for installation in installed])
 
 
-def put_on_again(module: torch.nn.Module, plan: list[PutOn]) -> None:
-    """Put methods on a model that came out of a pickle, with what they had learned.
+def put_on_again(module: torch.nn.Module, plan: list[PutOn]) -> torch.nn.Module:
+    """Put methods on a model that came out of a pickle, with what they had learned; returns the model.
 
     Raises:
         UnknownMethod: one is not installed here.
@@ -121,6 +121,7 @@ def put_on_again(module: torch.nn.Module, plan: list[PutOn]) -> None:
         for key, parameter in installation.method.trainable_parameters().items():
             with torch.no_grad():
                 parameter.copy_(wanted.learned[key])
+    return module
 
 
 def _nothing_in_words(installation: Installation) -> str:

@@ -38,10 +38,16 @@ class Reducer:
     Args:
         model: the network.
         take_off: ``(twin, installations)``, takes these methods off.
+        put_on: ``(model, plan)``, puts them on again and returns the model; found by its name in another process.
     """
 
-    def __init__(self, model: torch.nn.Module, take_off: Callable[[torch.nn.Module, list[Any]], None]):
-        self.model, self.take_off = model, take_off
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        take_off: Callable[[torch.nn.Module, list[Any]], None],
+        put_on: Callable[[torch.nn.Module, list[PutOn]], torch.nn.Module],
+    ):
+        self.model, self.take_off, self.put_on = model, take_off, put_on
 
     def __call__(self, protocol: Any) -> Any:
         asked_by = sys._getframe(1).f_globals.get("__name__")
@@ -54,7 +60,7 @@ class Reducer:
             PutOn(i.method.config, i.report.origin, {n: p.detach() for n, p in i.method.trainable_parameters().items()})
             for i in standing
         ]
-        return _unpickle, (twin, plan)
+        return self.put_on, (twin, plan)
 
 
 def _is_in_the_weights(installation: Any) -> bool:
@@ -65,11 +71,3 @@ def _twin(model: torch.nn.Module) -> Any:
     """A copy of a model that shares every tensor with it."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def _unpickle(model: torch.nn.Module, plan: list[PutOn]) -> torch.nn.Module:
-    """Put the methods on a model that came out of a pickle."""
-    from hf_accel.installing import put_on_again  # which puts a Reducer on models
-
-    put_on_again(model, plan)
-    return model

@@ -24,6 +24,8 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 
+from hf_accel.errors import Interleaved
+
 T = TypeVar("T", bound="Forked")
 _NUMBERS = itertools.count(1)
 _KEYS = itertools.count(1)
@@ -112,6 +114,38 @@ def current() -> Request:
 def in_backward() -> bool:
     """Whether autograd's backward pass runs in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+class Occupied:
+    """Refuses a second thread where one is inside: a request is one caller's, who does one thing at a time."""
+
+    def __init__(self) -> None:
+        self._by: int | None = None
+
+    def enter(self) -> None:
+        """A forward begins.
+
+        Raises:
+            Interleaved: another thread is in a forward of this request.
+        """
+        me = threading.get_ident()
+        if self._by not in (None, me):
+            raise Interleaved(
+                "hf_accel: two threads run one model at once inside one request. Nothing was mixed. Open a request in "
+                "each thread (`with hf_accel.request(model): ...`), or none: threads are told apart without."
+            )
+        self._by = me
+
+    def leave(self) -> None:
+        """The forward is over."""
+        if self._by == threading.get_ident():
+            self._by = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Occupied:
+        return Occupied()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_by": None}
 
 
 class Forked(Protocol):

@@ -8,6 +8,7 @@ import copy
 import gc
 import itertools
 import threading
+import time
 import weakref
 
 import pytest
@@ -304,3 +305,30 @@ def test_runs_that_begin_at_different_times_in_tasks():
         alone = [[step() for step in run] for run in runs]
         found = in_tasks(runs)
     assert same(found, alone)
+
+
+def test_one_request_in_two_threads_at_once_is_refused():
+    model, request = tiny.build("wan"), Request()
+
+    def work(seed):
+        with request, torch.no_grad():
+            return [tiny.run(model, "wan", timestep=t, seed=seed) for t in (900.0, 600.0)]
+
+    def meet(*_):
+        inside.wait(timeout=30)
+
+    for method, settings in (("sparge", {"topk": 0.5}), ("dense", {})):
+        inside = threading.Barrier(2)
+        with hf_accel.apply(model, method, **settings):
+            hook = model.blocks[0].register_forward_pre_hook(meet)
+            with concurrent.futures.ThreadPoolExecutor(2) as pool:
+                first = pool.submit(work, 0)
+                while not inside.n_waiting:
+                    time.sleep(0.01)
+                with pytest.raises(Interleaved, match="in each thread"):
+                    pool.submit(work, 1).result()
+                hook.remove()
+                inside.abort()
+                with pytest.raises(threading.BrokenBarrierError):
+                    first.result()
+            work(0)  # what came out of it is whole

@@ -203,7 +203,7 @@ def test_a_number_of_steps_is_needed_for_the_non_uniform_schedule():
     model = tiny.build("unet")
     with torch.no_grad(), hf_accel.apply(model, "deepcache", skip_mode="non_uniform"):
         for _ in range(2):
-            with pytest.raises(InvalidSetting, match="apply to the pipeline, not to the bare model"):
+            with pytest.raises(InvalidSetting, match="loop over the scheduler's own timesteps"):
                 tiny.run(model, "unet")
 
 
@@ -360,13 +360,14 @@ def test_another_call_begins_with_a_full_step(pipe, change):
         after = pipe(**change)
         run = run_of(applied)
     assert run.generations == 2
-    assert run.full_steps["first step"] == 2
+    assert run.full_steps == {"first step": 1, "other arguments than the kept step": 1, "schedule": 1}
+    assert run.generations == 1
     assert all(torch.equal(a, b) for a, b in zip(after, alone, strict=True))
     assert torch.equal(after[0], plain[0])
     assert not torch.equal(after[1], plain[1])
 
 
-def test_a_batch_that_shrinks_in_the_middle_starts_anew(pipe):
+def test_a_batch_that_shrinks_in_the_middle_is_full_once(pipe):
     """Pipelines that drop guidance midway halve the batch."""
     inputs = [tiny.TINY["unet"].inputs(pipe.unet, batch) for batch in (2, 1)]
     with torch.no_grad(), hf_accel.apply(pipe, "deepcache", cache_interval=5) as applied:
@@ -380,7 +381,8 @@ def test_a_batch_that_shrinks_in_the_middle_starts_anew(pipe):
     pipe.scheduler.set_timesteps(10)
     with torch.no_grad():
         assert torch.equal(now, pipe.unet(**inputs[1] | {"timestep": pipe.scheduler.timesteps[4]}).sample)
-    assert run.full_steps["first step"] == 2
+    assert run.full_steps == {"first step": 1, "other arguments than the kept step": 1, "schedule": 1}
+    assert run.generations == 1
 
 
 def test_full_steps_are_the_models_own_bit_for_bit(pipe):

@@ -214,7 +214,7 @@ def cut_guidance(when):
 
 
 def test_guidance_that_ends_midway():
-    """The batch halves, so what is kept belongs to no forward that comes: full at once, and a new phase."""
+    """The batch halves, so what is kept belongs to no forward that comes: full at once, in the same generation."""
     pipe = shared("sd")
     without = call(pipe, steps=10, **cut_guidance(4))
     with cached(pipe, interval=1):
@@ -225,8 +225,8 @@ def test_guidance_that_ends_midway():
     assert torch.equal(*outs)
     assert not torch.equal(outs[0], without)
     assert torch.equal(after, first("sd"))
-    # 0 and 3 of five guided steps, 0 and 3 of five unguided ones; 0, 3 and 6 of the last call
-    assert sum(run.full_steps.values()) == 2 * (2 + 2) + 3
+    # 0, 3, 6 and 9 of ten steps and the first one without guidance; 0, 3 and 6 of the last call
+    assert sum(run.full_steps.values()) == 2 * (4 + 1) + 3
 
 
 # -- base and refiner -----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import torch
 from hf_accel.errors import Interleaved
 from hf_accel.hosts.block_families import BlockFamily, ForwardRead, Reader, arguments_of
 from hf_accel.ledger import Ledger
+from hf_accel.requests import Occupied
 
 Phase = Literal["prefill", "denoise", "commit", "whole"]
 
@@ -75,6 +76,7 @@ class BlockClock:
         self._cache: weakref.ref | None = None
         self._left: tuple[weakref.ref, int] | None = None  # cache and prefix of a block that was left unfinished
         self._conditioned = False
+        self._occupied = Occupied()
         self._rows = 0
 
     def fork(self) -> BlockClock:
@@ -92,8 +94,10 @@ class BlockClock:
         """A forward with these arguments begins. ``read`` is the family's unless the module has one of its own.
 
         Raises:
-            Interleaved: it goes on with a block in a cache that another request's forwards followed.
+            Interleaved: it goes on with a block in a cache that another request's forwards followed, or another thread
+                is in a forward of this request.
         """
+        self._occupied.enter()
         given = (read or self.family.read)(arguments)
         phase, follows = self._phase(given)
         self._refuse_turns(given, phase)
@@ -121,6 +125,7 @@ class BlockClock:
 
     def end(self, raised: bool) -> None:
         """The forward is over; after an exception nothing of its request is remembered."""
+        self._occupied.leave()
         self.step = None
         if raised:
             self.forget()
@@ -206,8 +211,8 @@ def follow(
     module: torch.nn.Module,
     context: BlockClock,
     ledger: Ledger,
-    begin: Callable[[Reader], BlockHook] | None = None,
-    end: BlockEndHook | None = None,
+    begin: Callable[[Reader], Any] | None = None,
+    end: Any = None,
 ) -> None:
     """Put the hooks on a model of the context's family.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,7 +29,8 @@ class Announcement:
     num_inference_steps: int | None = None
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class Place:
     """The entry ``index`` of a schedule, ``[steps]``."""
 
     schedule: torch.Tensor

@@ -26,7 +26,7 @@ from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
 from hf_accel.hosts.clocks.steps import Clock, Clocks
 from hf_accel.hosts.denoisers import Denoiser, dims_from_ids, level_of
 from hf_accel.kernels.common import kernel_log
-from hf_accel.requests import PerRequest, Request, by_key, in_backward
+from hf_accel.requests import Occupied, PerRequest, Request, by_key, in_backward
 from hf_accel.sites.attention.statistics import AttentionStatistics
 
 
@@ -107,11 +107,12 @@ class AttentionSeam:
         self._calls = 0
         self._expected: Sequence[int] | None = None
         self._outer: AttentionSeam | None = None
+        self._occupied = Occupied()
 
     def fork(self, request: Request) -> AttentionSeam:
         twin = copy.copy(self)
         twin.core, twin.run, twin.clock = self.core.fork(), AttentionStatistics(), self.clocks.for_request(request)
-        twin.moved = Moved()
+        twin.moved, twin._occupied = Moved(), Occupied()
         return twin
 
     @property
@@ -131,8 +132,11 @@ class AttentionSeam:
         """One forward of the model begins.
 
         Raises:
-            Interleaved: it belongs to a generation that another one followed; see :meth:`Clock.begin`.
+            Interleaved: it belongs to a generation that another one followed (see :meth:`Clock.begin`), or another
+                thread is in a forward of this request.
         """
+        if not compiled:  # nobody tells of the end of a compiled forward
+            self._occupied.enter()
         if dims is None and ids is not None:
             dims = dims_from_ids(ids, latents.shape[1])
         self.grid = TokenGrid(*dims, text=self.spec.text) if dims is not None else None
@@ -159,6 +163,7 @@ class AttentionSeam:
 
     def end(self, raised: bool) -> None:
         """The forward is over."""
+        self._occupied.leave()
         _ACTIVE.context, _ACTIVE.layer = self._outer, None
         self._outer = None
         if raised:

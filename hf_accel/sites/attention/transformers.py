@@ -172,7 +172,7 @@ class PrefillHook:
         if torch.compiler.is_compiling():
             marked = torch.ops.hf_accel.begin_forward(tokens, tokens.new_zeros(1), None, [], self.seams.key)
             return (args, {**kwargs, name: marked}) if name in kwargs else ((marked, *args[1:]), kwargs)
-        self.seams.now().begin(tokens)
+        self.seams.now().begin(tokens, None, None, None)
         return None
 
 

@@ -12,7 +12,7 @@ import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -40,7 +40,7 @@ class Output:
     value: torch.Tensor
 
 
-class OutputCore(FollowsSteps):
+class OutputCore(FollowsSteps, Protocol):
     """What is put into the slot.
 
     Attributes:
@@ -130,10 +130,12 @@ class OutputSeam(StepSeam):
         if reason is not None:
             return Forward(step, shape, reason)
         self.run.record(step.index, None, shape, self._bytes())
+        self.occupied.leave()
         return Forward(step, shape, forecast=self.core.forecast(step, kept, self.state))
 
     def end(self, forward: Forward, output: Any) -> None:
         """A forward ran: keep its output, write down why it ran."""
+        self.occupied.leave()
         step = forward.step
         if step is None:
             return

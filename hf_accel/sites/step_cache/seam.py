@@ -19,7 +19,7 @@ import inspect
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -41,7 +41,7 @@ from hf_accel.sites.step_cache.unet_views import UNetViews
 _ATTRIBUTE = "_hf_accel_step_cache"
 
 
-class StepCacheCore(FollowsSteps):
+class StepCacheCore(FollowsSteps, Protocol):
     """What is put into the site: decides which steps may begin from a kept state.
 
     Attributes:
@@ -142,7 +142,8 @@ class StepCacheSeam(StepSeam):
 
     def __deepcopy__(self, memo: dict) -> StepCacheSeam:
         # Views are shells around the original's modules.
-        twin = type(self)(*(copy.deepcopy(part, memo) for part in (self.core, self.clocks, self.run)))
+        core, clocks, run = copy.deepcopy((self.core, self.clocks, self.run), memo)
+        twin = type(self)(core, clocks, run)
         memo[id(self)] = twin
         return twin
 
@@ -201,6 +202,7 @@ class StepCacheSeam(StepSeam):
 
     def end(self, forward: Forward) -> None:
         """The forward is over: keep the inner state of a full one, write down what it was."""
+        self.occupied.leave()
         views, step, shape = forward.views, forward.step, forward.shape
         if views is None or step is None or shape is None:
             return  # not ours, see begin()

@@ -8,7 +8,7 @@ import torch
 
 from hf_accel.attention.call import Step
 from hf_accel.hosts.clocks.steps import Clock, Clocks
-from hf_accel.requests import Request
+from hf_accel.requests import Occupied, Request
 from hf_accel.sites.step_cache.statistics import StepCacheStatistics
 
 
@@ -39,6 +39,7 @@ class StepSeam:
         self.clock: Clock = clocks.shared
         self.state: Any = None  # what the core made for this generation
         self._generation = -1
+        self.occupied = Occupied()
 
     def fork(self, request: Request) -> StepSeam:
         twin = type(self)(self.core, self.clocks, StepCacheStatistics(macs=self.run.macs))
@@ -51,6 +52,7 @@ class StepSeam:
 
     def finish(self) -> None:
         """The pipeline call ended (or raised): nothing of it is kept."""
+        self.occupied.leave()
         self.clock.finish()
         self.state = None
         self.drop()
@@ -59,14 +61,17 @@ class StepSeam:
         """One forward begins with these arguments.
 
         Raises:
-            Interleaved: it belongs to a generation that another one followed; see :meth:`Clock.begin`.
+            Interleaved: it belongs to a generation that another one followed (see :meth:`Clock.begin`), or another
+                thread is in a forward of this request.
         """
+        self.occupied.enter()
         step = self.clock.begin(timestep, latents, prompt, read=self.core.reads_timestep)
         if step.generation != self._generation:
             self.drop()
             try:
                 self.state = self.core.new_state(step)
             except BaseException:
+                self.occupied.leave()
                 self.clock.finish()
                 raise
             self._generation = step.generation

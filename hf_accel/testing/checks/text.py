@@ -64,9 +64,9 @@ def requests_in_threads_do_not_meet(case: Case) -> None:
     runs = [functools.partial(write, model, seed=seed) for seed in (0, 1)]
     with hf_accel.apply(model, case.method, **case.settings) as applied:
         alone = [run() for run in runs]
-        before = applied.report().entries[0].run.to_dict()
+        (before,) = applied.stats()["model"].values()
         expect_equal(in_threads(model, runs), alone, "Two texts at once beside one after the other")
-        after = applied.report().entries[0].run.to_dict()
+        (after,) = applied.stats()["model"].values()
     counted = [name for name in ("forwards", "rounds", "generations") if name in before]
     for name in counted:
         expect(after[name] == 2 * before[name], f"Twice the work is {after[name]} {name}, after {before[name]}.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import weakref
 from types import SimpleNamespace
 
@@ -9,7 +11,10 @@ import diffusers
 import pytest
 import torch
 
+from hf_accel.errors import Interleaved
+from hf_accel.hosts.clocks import steps as step_clock
 from hf_accel.hosts.clocks.steps import Announcement, Clock, read_timestep
+from hf_accel.requests import Request
 
 SHAPE = (1, 4, 3, 8, 8)
 
@@ -260,3 +265,115 @@ def test_a_skipped_entry_is_a_skipped_step():
     pipeline = Scheduled(schedule)
     clock = Clock(weakref.ref(pipeline))
     assert [clock.tick(None, SHAPE, None, clock.place_of(schedule[i])).index for i in (0, 2)] == [0, 2]
+
+
+# -- loops without a pipeline ---------------------------------------------------------------------------------------
+
+
+def loop(clock, timesteps, latents=None, prompt=None):
+    """(index, generation, count) of a loop over timesteps, as a model sees it."""
+    latents = torch.zeros(SHAPE) if latents is None else latents
+    return [(s.index, s.generation, s.count) for s in (clock.begin(t, latents, prompt) for t in timesteps)]
+
+
+@pytest.mark.parametrize("form", [lambda t: t, lambda t: t[None], lambda t: t.expand(2)])
+def test_a_schedule_is_known_by_its_own_entries(form, monkeypatch):
+    monkeypatch.setattr(step_clock, "read_timestep", lambda value: pytest.fail("a timestep was read"))
+    schedule, clock = torch.tensor([900.0, 600.0, 300.0]), Clock()
+    assert loop(clock, map(form, schedule)) == [(0, 0, 3), (1, 0, 3), (2, 0, 3)]
+    assert loop(clock, map(form, schedule[1:])) == [(0, 1, 2), (1, 1, 2)]
+
+
+def test_an_inverse_scheduler_goes_up():
+    scheduler = diffusers.DDIMInverseScheduler()
+    scheduler.set_timesteps(5)
+    assert [step[:2] for step in loop(Clock(), scheduler.timesteps)] == [(i, 0) for i in range(5)]
+    prompt = torch.zeros(1, 2, 3)
+    values = [float(t) for t in scheduler.timesteps]
+    assert [step[:2] for step in loop(Clock(), values, prompt=prompt)] == [(i, 0) for i in range(5)]
+
+
+def test_levels_drawn_for_a_batch_are_no_schedule():
+    drawn = torch.tensor([300.0, 900.0, 600.0])
+    assert Clock().place_of(drawn[1]) is None
+    assert Clock().place_of(drawn[1:2]) is None
+
+
+def test_tiles_of_unequal_size_are_one_step():
+    schedule, clock, picture = torch.tensor([900.0, 600.0]), Clock(), torch.zeros(1, 4, 16, 24)
+    seen = []
+    for timestep in schedule:
+        for tile in (picture[..., :16], picture[..., 12:].clone(), picture[..., 20:].clone()):
+            step = clock.begin(timestep, tile)
+            seen.append((step.index, step.generation, step.branch, step.tile))
+    assert seen == [(i, 0, f"call{k}", k) for i in (0, 1) for k in (0, 1, 2)]
+
+
+def test_guidance_branches_see_one_input():
+    clock, latents = Clock(), torch.zeros(SHAPE)
+    for timestep in torch.tensor([900.0, 600.0]):
+        assert [clock.begin(timestep, latents, torch.zeros(1)).tile for _ in range(3)] == [0, 0, 0]
+
+
+def test_guidance_that_ends_midway_goes_on_by_schedule_and_by_prompt():
+    both = torch.zeros(2, 5, 8)
+    for timesteps in (torch.tensor([900.0, 600.0, 300.0]), (900.0, 600.0, 300.0)):
+        clock = Clock()
+        given = [(torch.zeros(2, *SHAPE[1:]), both), (torch.zeros(SHAPE), both[1:]), (torch.zeros(SHAPE), both[1:])]
+        seen = [clock.begin(t, x, p) for t, (x, p) in zip(timesteps, given, strict=True)]
+        assert [(step.index, step.generation) for step in seen] == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_another_pipeline_that_calls_is_found_on_the_stack():
+    """The pipeline of the models may be gone, or have another schedule."""
+
+    class Pipeline(diffusers.DiffusionPipeline):
+        def __init__(self, scheduler):
+            super().__init__()
+            self.register_modules(scheduler=scheduler)
+
+        def __call__(self, steps):
+            self.scheduler.set_timesteps(steps)
+            levels = [t * 1.0 for t in self.scheduler.timesteps]  # not views: of these only the value is known
+            return loop(self.clock, levels)
+
+    pipe = Pipeline(diffusers.DDIMScheduler())
+    pipe.clock = Clock(weakref.ref(Scheduled(torch.tensor([1.0]))))
+    assert pipe(4) == [(i, 0, 4) for i in range(4)]
+    assert pipe(3) == [(i, 1, 3) for i in range(3)]
+
+
+# -- turns ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["schedules", "one schedule", "values"])
+def test_a_generation_that_another_followed_does_not_go_on(kind):
+    one = torch.tensor([900.0, 800.0, 700.0, 600.0])
+    other = one.clone() if kind == "schedules" else one
+    if kind == "values":
+        one = other = one.tolist()
+    clock, latents = Clock(), torch.zeros(SHAPE)
+    for timestep in (one[0], one[1], other[0]):
+        clock.begin(timestep, latents)
+    with pytest.raises(Interleaved, match=r"hf_accel\.request\(model\)"):
+        clock.begin(one[2], latents)
+    assert [step[:2] for step in loop(clock, other)] == [(i, 2) for i in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["schedules", "one schedule", "values"])
+def test_an_abandoned_generation_does_not_stand_in_the_way(kind):
+    schedule = torch.tensor([900.0, 800.0, 700.0, 600.0])
+    clock = Clock()
+    loop(clock, (schedule if kind != "values" else schedule.tolist())[:2])
+    again = {"schedules": schedule.clone(), "one schedule": schedule, "values": schedule.tolist()}[kind]
+    assert [step[:2] for step in loop(clock, again)] == [(i, 1) for i in range(4)]
+    assert [step[:2] for step in loop(clock, [900.0, 300.0])] == [(0, 2), (1, 2)]
+
+
+def test_a_fork_knows_nothing_of_the_generation_that_runs():
+    pipeline = Scheduled(torch.tensor([900.0, 600.0]))
+    clock = Clock(weakref.ref(pipeline))
+    clock.begin(900.0, torch.zeros(SHAPE))
+    for twin in (clock.fork(Request()), copy.deepcopy(clock), pickle.loads(pickle.dumps(clock))):
+        assert twin.step is None
+        assert twin.begin(300.0, torch.zeros(SHAPE)).index == 0

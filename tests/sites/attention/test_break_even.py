@@ -226,8 +226,8 @@ def test_a_measurement_uses_a_state_of_its_own_once_per_shape():
     calls = [call_of(), call_of(), call_of(96)]
     for call in calls:
         runner.attend(call)
-    # Trials: one untimed call and three timed ones, per shape; the real state counts only the real calls.
-    assert sorted(state[0] for state in method.states) == [3, 4, 4]
+    # Trials: one untimed call and three timed ones, per shape; the real states, also one per shape, count real calls.
+    assert sorted(state[0] for state in method.states) == [1, 2, 4, 4]
     assert ["break_even" in call.notes for call in calls] == [True, False, True]
     assert all("density" in call.notes for call in calls)
 
