@@ -96,8 +96,12 @@ def test_few_blocks_are_not_run_and_each_says_why():
     left_out = [block for page in PAGES for block in code_blocks.blocks(page) if block.not_run is not None]
     assert len(left_out) <= MOST_NOT_RUN, [str(block) for block in left_out]
     assert all(len(block.not_run.split()) >= 3 for block in left_out)
-    text = "".join((ROOT / page).read_text() for page in PAGES)
-    assert text.count("<!-- not run") == len(left_out), "a comment 'not run' stands right above its block"
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for block in code_blocks.blocks(page):  # one page shows such a comment in a block
+            text = text.replace(block.code, "")
+        marks = sum(block.page == page for block in left_out)
+        assert text.count("<!-- not run") == marks, f"{page}: a comment 'not run' stands right above its block"
 
 
 def test_how_pages_are_read():
