@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hf_accel.api import Applied, apply, explain, methods, revert
+    from hf_accel.api import Applied, apply, explain, methods, request, revert
     from hf_accel.checkpoints.gptq.loading import load_quantized, register_quantizers, unregister_quantizers
     from hf_accel.converting import Converted, convert
     from hf_accel.generation.block_diffusion.blocks import generate_blocks
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from hf_accel.measure.compare import compare
     from hf_accel.patches.qwha import initialize_qwha
     from hf_accel.registry import register
+    from hf_accel.requests import Request
     from hf_accel.sites.adapter.peft import QWHAConfig
     from hf_accel.train.finetune.finetuner import Finetuner
     from hf_accel.train.saving import load_trained, save_trained
 
 _LAZY = {
-    "Applied": "api", "apply": "api", "explain": "api", "methods": "api", "revert": "api",
+    "Applied": "api", "apply": "api", "explain": "api", "methods": "api", "request": "api",
+    "revert": "api",
+    "Request": "requests",
     "Converted": "converting", "convert": "converting",
     "calibrate": "measure.calibrate", "compare": "measure.compare", "register": "registry",
     "generate_blocks": "generation.block_diffusion.blocks",
@@ -39,9 +42,9 @@ _LAZY = {
 }  # fmt: skip
 
 __all__ = [
-    "Applied", "Converted", "Finetuner", "QWHAConfig", "__version__", "apply", "calibrate", "compare", "convert",
-    "explain", "generate_blocks", "initialize_qwha", "load_quantized", "load_trained", "methods", "register",
-    "register_quantizers", "revert", "save_trained", "unregister_quantizers",
+    "Applied", "Converted", "Finetuner", "QWHAConfig", "Request", "__version__", "apply", "calibrate", "compare",
+    "convert", "explain", "generate_blocks", "initialize_qwha", "load_quantized", "load_trained", "methods", "register",
+    "register_quantizers", "request", "revert", "save_trained", "unregister_quantizers",
 ]  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from hf_accel.presets import families
 from hf_accel.presets.preset import Wanted
 from hf_accel.presets.request import PerModel, Request, hand_over, wanted_by, wanted_types
 from hf_accel.report import Report
+from hf_accel.requests import PerRequest
+from hf_accel.requests import Request as OneRequest
 
 
 class Applied:
@@ -37,26 +39,30 @@ class Applied:
         """Whether any of it still stands."""
         return bool(self._standing())
 
-    def report(self) -> Report:
-        """What was patched, what was skipped and why, which kernel runs, what it did so far."""
-        return Report([installation.report for _, installation in self._installed])
+    def report(self, request: OneRequest | None = None) -> Report:
+        """What was patched, what was skipped and why, which kernel runs, what it did so far: for all requests together,
+        or for one (see :func:`request`)."""
+        return Report([installation.report for _, installation in self._installed], request)
 
-    def stats(self) -> dict[str, dict[str, Any]]:
-        """Counters by component name (``"transformer"``, ...) and method: calls, fallbacks, density per head.
+    def stats(self, request: OneRequest | None = None) -> dict[str, dict[str, Any]]:
+        """Counters by component name (``"transformer"``, ...) and method: calls, fallbacks, density per head; for all
+        requests together, or for one (see :func:`request`).
 
         Reads device tensors, so it waits for the device.
         """
         out: dict[str, dict[str, Any]] = {}
         for model, installation in self._installed:
-            run = installation.report.run
+            run = installation.report.of(request)
             out.setdefault(model.name, {})[installation.method.name] = run.to_dict() if run is not None else {}
         return out
 
     def time_attention(self, on: bool = True) -> None:
         """Measure the time inside patched attentions from now on (``attention_seconds`` in :meth:`stats`)."""
         for _, installation in self._installed:
-            if hasattr(installation.handle, "timed"):  # the seams of attention sites
-                installation.handle.timed = on
+            seams = installation.handle.all() if isinstance(installation.handle, PerRequest) else []
+            for seam in seams:
+                if hasattr(seam, "timed"):  # the seams of attention sites
+                    seam.timed = on
 
     def revert(self) -> None:
         """Undo these methods exactly. A second call does nothing.
@@ -159,6 +165,36 @@ def applied_methods(target: Any) -> list[tuple[str, str]]:
         NotApplicable: ``target`` is no pipeline or model.
     """
     return [(model.name, i.method.name) for model in resolve(target).models for i in marks_of(model.carrier)]
+
+
+def request(target: Any = None, *, name: str | None = None) -> OneRequest:
+    """One caller's work on patched models: a picture, a text, a chat. To be entered around its forwards.
+
+    Threads and asyncio tasks are told apart without it, and so are one pipeline call and the next. It is for loops of
+    your own that take turns in one thread, or whose steps run in other threads each time::
+
+        one, other = hf_accel.request(model), hf_accel.request(model)
+        for step in range(steps):
+            with one:
+                ...   # a forward of the one
+            with other:
+                ...   # a forward of the other
+
+    Args:
+        target: the model or pipeline that is called, which is looked at only to see that it is one. Whatever patched
+            model runs inside belongs to the request.
+        name: for people, in reports.
+
+    Returns:
+        Request: a context manager that may be entered many times. What methods keep for it is dropped when nobody holds
+        it any more; ``applied.stats(request)`` and ``applied.report(request)`` tell what they did for it.
+
+    Raises:
+        NotApplicable: ``target`` is no pipeline or model.
+    """
+    if target is not None:
+        resolve(target)
+    return OneRequest(name)
 
 
 def methods() -> dict[str, dict[str, str]]:
@@ -304,4 +340,15 @@ def _check_present(plan: list[tuple[Model, Wanted]]) -> None:
 # -- change and undo -----------------------------------------------------------------------------------------------
 
 
-__all__ = ["Applied", "Explanation", "HFAccelError", "Pair", "Verdict", "apply", "explain", "methods", "revert"]
+__all__ = [
+    "Applied",
+    "Explanation",
+    "HFAccelError",
+    "Pair",
+    "Verdict",
+    "apply",
+    "explain",
+    "methods",
+    "request",
+    "revert",
+]

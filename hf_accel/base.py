@@ -14,7 +14,7 @@ import torch
 
 from hf_accel.config import Config as Settings  # in the class, Config is what a method declares
 from hf_accel.facts import Facts
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
@@ -66,7 +66,7 @@ class Method(ABC):
         """Why the method does not apply to this model, in words; None if it does."""
 
     @abstractmethod
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         """Change the model through the ledger and write into the report. May raise; the caller undoes."""
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:

@@ -56,6 +56,10 @@ class Conflict(HFAccelError, RuntimeError):
     """Two methods, or a method and the state of the model, exclude each other. Names both sides."""
 
 
+class Interleaved(HFAccelError, RuntimeError):
+    """Two requests take turns on one model and cannot be told apart. Says how to tell them apart."""
+
+
 class RevertRefused(HFAccelError, RuntimeError):
     """Undo would destroy a change that somebody else made afterwards. Says which one, and what to do first."""
 

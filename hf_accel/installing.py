@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hf_accel import registry
 from hf_accel.base import Given, Method
 from hf_accel.errors import (
@@ -12,10 +14,11 @@ from hf_accel.errors import (
     NothingPatched,
     RevertRefused,
 )
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks, clocks
 from hf_accel.hosts.foreign import standing
-from hf_accel.hosts.target import Model, Target
+from hf_accel.hosts.target import Model, Target, resolve
 from hf_accel.ledger import MARK, Change, Ledger
+from hf_accel.pickling import REDUCE, PutOn, Reducer
 from hf_accel.presets.preset import Wanted
 from hf_accel.report import MethodReport
 
@@ -47,25 +50,25 @@ def install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Mode
     standing = [(model, marks_of(model.carrier), [*marks_of(model.carrier)]) for model, _ in replaced]
     undone = undo(replaced)
     # One clock per method, shared by the models of a pipeline: every installation accounts for every forward itself.
-    clocks = {wanted.method: Clock(target.pipeline) for _, wanted in plan}
+    of_method = {wanted.method: clocks(target.pipeline) for _, wanted in plan}
     former = {(model.name, old.method.name): old.method for model, old in replaced}
     done: list[tuple[Model, Installation]] = []
     try:
         for model, wanted in plan:
             earlier = former.get((model.name, wanted.method))
-            done.append((model, _put(model, wanted, clocks[wanted.method], earlier)))
+            done.append((model, _put(model, wanted, of_method[wanted.method], earlier)))
     except BaseException:
         undo(done)
         for (_, old), changes in zip(replaced, undone, strict=True):
             old.ledger.redo(changes)
         for model, marks, before in standing:
             marks[:] = before
-            model.carrier.__dict__[MARK] = marks
+            _mark(model, marks)
         raise
     return done
 
 
-def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = None) -> Installation:
+def _put(model: Model, wanted: Wanted, clock: Clocks, former: Method | None = None) -> Installation:
     config = wanted.config
     method = registry.get(config.METHOD)(config)
     method.given = Given(wanted.given)
@@ -85,8 +88,39 @@ def _put(model: Model, wanted: Wanted, clock: Clock, former: Method | None = Non
         raise
     foreign = standing(model.module) if model.trainer is None else []
     report.notes += [f"{entry.name} on the model: {entry.note}" for entry in foreign if entry.note]
-    model.carrier.__dict__.setdefault(MARK, []).append(installation)
+    _mark(model, [*marks_of(model.carrier), installation])
     return installation
+
+
+def _mark(model: Model, marks: list[Installation]) -> None:
+    """Write down on a model, or on a training, what stands on it."""
+    own = model.carrier.__dict__
+    if not marks:
+        own.pop(MARK, None)
+        own.pop(REDUCE, None)
+        return
+    own.setdefault(MARK, [])[:] = marks
+    if model.trainer is None and REDUCE not in own:
+        own[REDUCE] = Reducer(model.module, _take_off)
+
+
+def _take_off(module: torch.nn.Module, installed: list[Installation]) -> None:
+    undo([(Model("model", module), installation) for installation in installed])
+
+
+def put_on_again(module: torch.nn.Module, plan: list[PutOn]) -> None:
+    """Put methods on a model that came out of a pickle, with what they had learned.
+
+    Raises:
+        UnknownMethod: one is not installed here.
+    """
+    found = resolve(module)
+    for wanted in plan:
+        name = wanted.config.METHOD
+        ((_, installation),) = install(found, [(found.models[0], Wanted(name, wanted.config, wanted.origin))])
+        for key, parameter in installation.method.trainable_parameters().items():
+            with torch.no_grad():
+                parameter.copy_(wanted.learned[key])
 
 
 def _nothing_in_words(installation: Installation) -> str:
@@ -119,8 +153,5 @@ def undo(installed: list[tuple[Model, Installation]]) -> list[list[Change]]:
     undone = []
     for model, installation in reversed(installed):
         undone.append(installation.ledger.undo())
-        marks = marks_of(model.carrier)
-        marks[:] = [other for other in marks if other is not installation]
-        if not marks:
-            model.carrier.__dict__.pop(MARK, None)
+        _mark(model, [other for other in marks_of(model.carrier) if other is not installation])
     return undone[::-1]

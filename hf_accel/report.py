@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from hf_accel.requests import PerRequest, Request
+
 
 @dataclass(frozen=True)
 class Patched:
@@ -60,8 +62,17 @@ class Stopwatch:
             self._events = []
         return self._seconds
 
+    def merge(self, other: Stopwatch) -> None:
+        """Add the sections of another; waits for the device."""
+        self._seconds += other.seconds
+
     def __deepcopy__(self, memo: dict) -> Stopwatch:
-        return Stopwatch()  # events belong to the original's stream of work
+        twin = Stopwatch()
+        twin._seconds = self._seconds  # events belong to the original's stream of work
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_seconds": self._seconds, "_events": []}
 
 
 class Statistics(Protocol):
@@ -85,9 +96,28 @@ class MethodReport:
     patched: list[Patched] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    run: Statistics | None = None
+    statistics: Statistics | PerRequest[Any] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def run(self) -> Statistics | None:
+        """What the method did so far, in all requests."""
+        return self.of(None)
+
+    @run.setter
+    def run(self, statistics: Statistics | PerRequest[Any] | None) -> None:
+        self.statistics = statistics
+
+    def of(self, request: Request | None) -> Statistics | None:
+        """What the method did for one request, None if that never ran here; without one, for all."""
+        if not isinstance(self.statistics, PerRequest):
+            return self.statistics
+        if request is None:
+            return self.statistics.total()
+        part = self.statistics.of(request)
+        return part.run if part is not None else None
+
+    def to_dict(self, request: Request | None = None) -> dict[str, Any]:
+        run = self.of(request)
         return {
             "method": self.method,
             "settings": self.settings,
@@ -97,10 +127,11 @@ class MethodReport:
             "patched": [vars_of(p) for p in self.patched],
             "skipped": [vars_of(s) for s in self.skipped],
             "notes": list(self.notes),
-            "run": self.run.to_dict() if self.run is not None else None,
+            "run": run.to_dict() if run is not None else None,
         }
 
-    def __str__(self) -> str:
+    def text(self, request: Request | None = None) -> str:
+        """For people."""
         settings = ", ".join(f"{k}={shorten(v)}" for k, v in self.settings.items())
         lines = [
             f"{self.method} on {self.model} ({self.model_class})",
@@ -111,10 +142,16 @@ class MethodReport:
         lines.append("  patched   " + (", ".join(f"{n} x {kind}" for kind, n in kinds.items()) or "nothing"))
         reasons = Counter(s.reason for s in self.skipped)
         lines += [f"  skipped   {n} x {reason}" for reason, n in reasons.items()]
-        if self.run is not None:
-            lines += self.run.lines(self.method)
+        run = self.of(request)
+        if request is not None:
+            lines.append(f"  request   {request}" + (": it never ran here" if run is None else ""))
+        if run is not None:
+            lines += run.lines(self.method)
         lines += [f"  note      {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.text()
 
 
 def shorten(value: Any, width: int = 60) -> str:
@@ -129,15 +166,16 @@ def vars_of(record: Patched | Skipped) -> dict[str, str]:
 
 @dataclass
 class Report:
-    """All methods of one ``apply`` call, one entry per method and model."""
+    """All methods of one ``apply`` call, one entry per method and model; of one request, or of all together."""
 
     entries: list[MethodReport]
+    request: Request | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"entries": [entry.to_dict() for entry in self.entries]}
+        return {"entries": [entry.to_dict(self.request) for entry in self.entries]}
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.entries)) or "nothing applied"
+        return "\n".join(entry.text(self.request) for entry in self.entries) or "nothing applied"
 
     def __iter__(self):
         return iter(self.entries)

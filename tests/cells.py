@@ -39,8 +39,8 @@ CHOICES = ("all", "changed", "representative")
 QUIET = (
     "docs/", "benchmarks/", "configs/", "examples/", "zoo/", ".ci/", ".github/", ".gitignore", ".pre-commit",
     "Makefile", "mkdocs.yml", "LICENSE",
-    "hf_accel/cli.py", "hf_accel/measure/", "hf_accel/train/", "hf_accel/presets/", "hf_accel/checkpoints/",
-    "hf_accel/generation/",
+    "hf_accel/cli.py", "hf_accel/new.py", "hf_accel/skeletons/", "hf_accel/measure/", "hf_accel/train/",
+    "hf_accel/presets/", "hf_accel/checkpoints/", "hf_accel/generation/",
 )  # fmt: skip
 LOUD_TESTS = ("tests/matrix/",)
 

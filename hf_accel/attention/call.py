@@ -56,7 +56,9 @@ class Step:
         progress: share of the schedule that lies behind, 0 at the first step. From ``index / count`` where the
             count is known, else from the fall of the timestep.
         branch: ``"cond"``/``"uncond"``/... where the pipeline names it, else ``"call0"``, ``"call1"``, ...
-        generation: number of the generation; state never lives longer than one.
+        generation: number of the generation of this request; state never lives longer than one.
+        tile: which of the inputs of this step, where its forwards have several (tiles of one picture); guidance
+            branches have one.
     """
 
     index: int
@@ -65,6 +67,7 @@ class Step:
     progress: float
     branch: str
     generation: int
+    tile: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -50,18 +49,20 @@ class Recent(Generic[T]):
 
     def __init__(self, limit: int = 8):
         self.limit = limit
-        self._kept: OrderedDict[Hashable, T] = OrderedDict()
+        self._kept: dict[Hashable, T] = {}  # the last used one last
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make()`` gave for this key, called only if it is not kept."""
-        if key not in self._kept:
+        """What ``make()`` gave for this key, called only if it is not kept. Threads may both call it; one result
+        stays."""
+        found = self._kept.pop(key, None)
+        if found is None:
             # Made in inference mode, its tensors could not be saved for a backward pass later.
             with torch.inference_mode(False):
-                self._kept[key] = make()
-            while len(self._kept) > self.limit:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+                found = make()
+        self._kept[key] = found
+        for old in list(self._kept)[: -self.limit]:
+            self._kept.pop(old, None)
+        return found

@@ -18,11 +18,9 @@ class CountsLayers(Protocol):
     """What counts the attention calls of a model.
 
     Attributes:
-        key: changes when another one takes its place.
-        layers: in execution order.
+        layers: in execution order; the same list as long as it stands on the model.
     """
 
-    key: int
     layers: Sequence[Layer]
 
     def expect(self, layers: Sequence[int]) -> None:

@@ -24,7 +24,7 @@ from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config
 from hf_accel.errors import Conflict, HFAccelError, InvalidSetting, NotApplicable
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks, clocks
 from hf_accel.hosts.target import Model, resolve
 from hf_accel.ledger import Ledger
 from hf_accel.measure.machine import describe_machine
@@ -108,6 +108,9 @@ class Probe:
 
     def reset(self) -> None:
         """Records outlive generations."""
+
+    def fork(self) -> Probe:
+        return self  # one record of all requests
 
     def _wanted(self, call: AttentionCall) -> bool:
         """One forward of each chosen step: spread evenly over the steps that are not dense by the settings."""
@@ -197,7 +200,7 @@ def calibrate(
 
     config = _base(cls, usable[0], settings or {})
     begin = time.perf_counter()
-    probes = _probe(usable, Clock(target.pipeline), cls(config), -(-samples // len(prompts)), prompts, run, call)
+    probes = _probe(usable, clocks(target.pipeline), cls(config), -(-samples // len(prompts)), prompts, run, call)
     records, heads = _together(usable, probes)
     if not records:
         reasons_dense = Counter(reason for probe in probes for reason in probe.refused.elements())
@@ -263,7 +266,7 @@ def _generate(pipe: Any, steps: int | None, seed: int) -> Callable[..., Any]:
 
 def _probe(
     models: Sequence[Model],
-    clock: Clock,
+    clock: Clocks,
     method: Any,
     samples: int,
     prompts: Sequence[Any],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hf_accel.attention.call import AttentionCall
 from hf_accel.config import Config
 from hf_accel.errors import HFAccelError, NotApplicable
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import clocks
 from hf_accel.hosts.target import resolve
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
@@ -39,6 +39,9 @@ class Recorder:
 
     def reset(self) -> None:
         """A recording spans generations."""
+
+    def fork(self) -> Recorder:
+        return self  # one record of all requests
 
 
 def record_attention(
@@ -71,7 +74,7 @@ def record_attention(
     usable = [model for model in target.models if reasons[model.name] is None]
     if not usable:
         raise NotApplicable("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
-    ledger, clock = Ledger(), Clock(target.pipeline)
+    ledger, clock = Ledger(), clocks(target.pipeline)
     try:
         for model in usable:
             report = MethodReport("recording", {}, model.name, model.class_name)

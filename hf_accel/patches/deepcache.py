@@ -49,7 +49,7 @@ from hf_accel.attention.gate import resolve_share
 from hf_accel.config import Config, setting
 from hf_accel.errors import Conflict, InvalidSetting
 from hf_accel.facts import Facts
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.registry import register
@@ -82,6 +82,19 @@ class DeepCacheConfig(Config):
     )
 
 
+@dataclass
+class Schedule:
+    """Which steps of one generation are full.
+
+    Attributes:
+        full: the steps of a non-uniform schedule; None: a uniform one.
+        origin: the step that is step 0 of a uniform one.
+    """
+
+    full: frozenset[int] | None = None
+    origin: int = 0
+
+
 @register
 class DeepCache(StepCacheMethod):
     """One tensor kept per interval; see the module's docstring."""
@@ -103,49 +116,46 @@ class DeepCache(StepCacheMethod):
         super().__init__(config)
         self.branch = config.cache_branch_id
         self.reads_timestep = config.max_timestep_gap is not None
-        self._full: frozenset[int] | None = None
-        self._origin = 0  # the step that is step 0 of the uniform schedule
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         deepest = deepest_branch(model.module)
         if self.branch > deepest:
             raise InvalidSetting(self.name, "cache_branch_id", self.branch, f"in 0..{deepest} for {model.class_name}")
         return super().install(model, ledger, report, clock)
 
-    def begin(self, step: Step) -> None:
+    def new_state(self, step: Step) -> Schedule:
         config = self.config
-        self._origin = 0
         if config.cache_interval == 1:
-            return
+            return Schedule()
         if step.count is not None and step.count < FEW_STEPS:
             warnings.warn(
                 f"hf_accel: deepcache with {step.count} steps: features of so distant steps differ, and little time is "
                 f"to be saved. It is meant for {FEW_STEPS} steps and more.",
                 stacklevel=2,
             )
-        if config.skip_mode == "non_uniform":
-            if step.count is None:
-                raise InvalidSetting(
-                    self.name, "skip_mode", config.skip_mode, "'uniform' where the number of steps is unknown: apply "
-                    "to the pipeline, not to the bare model",
-                )  # fmt: skip
-            self._full = frozenset(
-                non_uniform_steps(step.count, config.cache_interval, config.center, config.power, config.signed)
-            )
+        if config.skip_mode != "non_uniform":
+            return Schedule()
+        if step.count is None:
+            raise InvalidSetting(
+                self.name, "skip_mode", config.skip_mode, "'uniform' where the number of steps is unknown: loop over "
+                "the scheduler's own timesteps, or call the model through its pipeline",
+            )  # fmt: skip
+        steps = non_uniform_steps(step.count, config.cache_interval, config.center, config.power, config.signed)
+        return Schedule(frozenset(steps))
 
-    def why_full(self, step: Step, kept: Step) -> str | None:
+    def why_full(self, step: Step, kept: Step, state: Schedule) -> str | None:
         config = self.config
         start, end = (self._at(name, step) for name in ("start_step", "end_step"))
         if step.index < start:
-            self._origin = step.index  # noted, since where steps are not counted ``start`` is known only when it comes
+            state.origin = step.index  # noted, since where steps are not counted ``start`` is known only when it comes
             return "before start_step"
         if step.index >= end:
             return "from end_step on"
         if config.max_timestep_gap is not None and abs(kept.timestep - step.timestep) > config.max_timestep_gap:
             return "the timestep fell by more than max_timestep_gap"
-        if self._full is not None and config.skip_mode == "non_uniform":
-            return "schedule" if step.index in self._full else None
-        return "schedule" if (step.index - self._origin) % config.cache_interval == 0 else None
+        if state.full is not None:
+            return "schedule" if step.index in state.full else None
+        return "schedule" if (step.index - state.origin) % config.cache_interval == 0 else None
 
     def _at(self, name: str, step: Step) -> float:
         """A setting that is a step or a share of the steps, as a step; beyond all steps where only shares are known."""

@@ -42,7 +42,7 @@ from hf_accel.checkpoints.gptq.declare import declare
 from hf_accel.config import Config, setting
 from hf_accel.errors import InvalidSetting, QuantizationError
 from hf_accel.facts import HOSTS, HOSTS_OF, Facts
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model, is_a
 from hf_accel.kernels.quantized_linear import backend_for
 from hf_accel.ledger import Ledger
@@ -153,7 +153,7 @@ class GPTQ(LinearMethod):
         """The linear rounded to nearest, for which nothing but its weight is needed."""
         return self._pack([site], None, "")[site.name]
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> QuantizationStatistics:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> QuantizationStatistics:
         if self.config.rounding == "gptq" and self.given.get("calibration") is None:
             raise InvalidSetting(
                 self.name, "calibration", None, "texts (with tokenizer=), token ids, forwards or a function that runs "

@@ -38,7 +38,7 @@ from hf_accel.attention.tiles import Tiling, cross_map, fill_tiles, neighbour_ma
 from hf_accel.config import setting
 from hf_accel.errors import InvalidSetting
 from hf_accel.facts import Facts
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.block_sparse_attention import block_map_to_index, block_sparse_attention
 from hf_accel.kernels.permute import gather_rows
@@ -48,7 +48,7 @@ from hf_accel.registry import register
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import token_order
 from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
-from hf_accel.sites.attention.seam import AttentionSeam
+from hf_accel.sites.attention.seam import AttentionSeams
 
 IMAGE_TILE = (1, 16, 16)
 VIDEO_TILE = (4, 8, 8)
@@ -151,16 +151,16 @@ class GRAT(AttentionMethod):
         self._reason = "hoist=False was set"
         self._notes: list[str] = []
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> AttentionSeam:
-        context = super().install(model, ledger, report, clock)
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> AttentionSeams:
+        seams = super().install(model, ledger, report, clock)
         self._notes = report.notes
         if self.config.hoist == "auto":
             reason = token_order.why_not(model.module)
             if reason is None:
-                self._order = token_order.hoist(model.module, context, self.order_of, ledger)
+                self._order = token_order.hoist(model.module, seams, self.order_of, ledger)
             else:
                 self._reason = reason
-        return context
+        return seams
 
     def tiling(self, grid: TokenGrid) -> Tiling:
         """The tiles of a grid."""

@@ -131,15 +131,11 @@ class LoSA(PrefixAttentionMethod):
     Config = LoSAConfig
     config: LoSAConfig
 
-    def __init__(self, config: LoSAConfig):
-        super().__init__(config)
-        self.prefix = PagedPrefix(config.budget, config.page_size, config.backend)
+    def new_request_state(self) -> PagedPrefix:
+        return PagedPrefix(self.config.budget, self.config.page_size, self.config.backend)
 
     def new_state(self) -> BlockState:
         return BlockState()
-
-    def begin_block(self) -> None:
-        self.prefix.begin_block()
 
     def attend(self, call: PrefixCall, state: BlockState) -> torch.Tensor:
         part = state.part
@@ -147,7 +143,7 @@ class LoSA(PrefixAttentionMethod):
             self.renew(call, part)
         else:
             call.notes["active"] = 1.0
-            out, lse = self.prefix.attend_all(call, call.query)
+            out, lse = call.request_state.attend_all(call, call.query)
             part = state.part = PrefixPart(call.query, out, lse, call.prefix, call.index)
         part.step = call.index
         return with_block(call, part.out, part.lse, self.config.backend)
@@ -158,14 +154,14 @@ class LoSA(PrefixAttentionMethod):
         count = self.active_rows(call)
         call.notes |= {"density": 0.0, "pages": 0.0, "active": count / length}
         if count == length:
-            part.out, part.lse = self.prefix.attend(call, query)
+            part.out, part.lse = call.request_state.attend(call, query)
             part.reference = query
             return
         if count:
             forced = call.changed if self.config.force_changed else None
             rows, _ = active_topk(query, part.reference, count, forced, backend=self.config.backend)
             active = take(query, rows)
-            out, lse = self.prefix.attend(call, active)
+            out, lse = call.request_state.attend(call, active)
             part.out, part.lse = put(part.out, rows, out), put(part.lse, rows, lse)
             if self.config.reference == "anchor":
                 part.reference = put(part.reference, rows, active)

@@ -64,15 +64,12 @@ class Quest(PrefixAttentionMethod):
     Config = QuestConfig
     config: QuestConfig
 
-    def __init__(self, config: QuestConfig):
-        super().__init__(config)
-        self.prefix = PagedPrefix(config.budget, config.page_size, config.backend)
-
-    def begin_block(self) -> None:
-        self.prefix.begin_block()
+    def new_request_state(self) -> PagedPrefix:
+        return PagedPrefix(self.config.budget, self.config.page_size, self.config.backend)
 
     def attend(self, call: PrefixCall, state: Any) -> torch.Tensor:
         call.notes["active"] = 1.0
         first = call.index == 0 and self.config.dense_first
-        out, lse = (self.prefix.attend_all if first else self.prefix.attend)(call, call.query)
+        prefix: PagedPrefix = call.request_state
+        out, lse = (prefix.attend_all if first else prefix.attend)(call, call.query)
         return with_block(call, out, lse, self.config.backend)

@@ -42,7 +42,7 @@ from hf_accel.errors import NotApplicable, WeightsMismatch
 from hf_accel.facts import Facts
 from hf_accel.hosts.block_families import FULL, LLADA2, SDAR
 from hf_accel.hosts.clocks.block_steps import BlockStep
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.loading import load_language_model
 from hf_accel.hosts.target import Model, unwrap
 from hf_accel.kernels.soft_embedding import entropy_lse, normalized_entropy, soft_embed
@@ -50,7 +50,7 @@ from hf_accel.ledger import Ledger
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
 from hf_accel.sites.embedding.base import ResidualMethod
-from hf_accel.sites.embedding.residual import ResidualSeam, context_of
+from hf_accel.sites.embedding.residual import ResidualSeams, seams_of
 from hf_accel.sites.embedding.start import OwnStart, ReferenceStart, Start
 from hf_accel.sites.embedding.table import EmbeddingTable, embedding_table
 
@@ -222,17 +222,17 @@ class RCD(ResidualMethod):
     def take_over(self, former: RCD) -> None:
         self._warned = former._warned
         if self.config.reference in (None, former.config.reference):
-            self._reference.model = former._reference.model
+            self._reference.asked.model = former._reference.model
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> ResidualSeam:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> ResidualSeams:
         config = self.config
-        context = super().install(model, ledger, report, clock)
-        self._reference.shift = config.logit_shift
+        seams = super().install(model, ledger, report, clock)
+        self._reference.asked.shift = config.logit_shift
         if config.reference is not None and self._reference.model is None:
             reference = load_language_model(config.reference, like=model.module)
-            self._reference.set_model(reference, model.module, context.mask_token)
+            self._reference.set_model(reference, model.module, seams.shared.mask_token)
         self._check_weights(model, report)
-        return context
+        return seams
 
     def start(self) -> Start | None:
         starts: dict[str, Start] = {
@@ -285,6 +285,9 @@ class Dirichlet:
     def __init__(self, seed: int):
         self.seed = seed
 
+    def fork(self) -> Dirichlet:
+        return self
+
     def follow(self, arguments: Mapping[str, Any], step: BlockStep) -> None:
         pass
 
@@ -313,10 +316,10 @@ def set_reference(target: Any, reference: torch.nn.Module) -> None:
         WeightsMismatch: another vocabulary or mask token.
     """
     module = unwrap(target)
-    context = context_of(module)
-    if context is None or not isinstance(context.core, RCD):
+    seams = seams_of(module)
+    if seams is None or not isinstance(seams.shared.core, RCD):
         raise NotApplicable(f"rcd is not on this {type(module).__name__}: hf_accel.apply(model, 'rcd', init='warm').")
-    context.core._reference.set_model(unwrap(reference), module, context.mask_token)
+    seams.shared.core._reference.set_model(unwrap(reference), module, seams.shared.mask_token)
 
 
 def _words(values: Mapping[str, Any], names: list[str]) -> str:

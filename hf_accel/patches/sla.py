@@ -33,13 +33,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from hf_accel.attention.call import AttentionCall, TokenGrid
+from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.layout import VideoLayout, block_sizes, density, expand_heads
 from hf_accel.attention.selectors import top_k
+from hf_accel.attention.static import Recent
 from hf_accel.checkpoints import parameters
 from hf_accel.config import setting
 from hf_accel.facts import Facts
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.block_sparse_attention import block_map_to_index
 from hf_accel.kernels.block_summary import block_summary
@@ -49,7 +50,7 @@ from hf_accel.registry import register
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
 from hf_accel.sites.attention.heads import head_dim
-from hf_accel.sites.attention.seam import AttentionSeam
+from hf_accel.sites.attention.seam import AttentionSeams
 
 PROJECTION = "proj_l"  # name of the module in each attention; the checkpoints of the authors have the same
 
@@ -127,7 +128,7 @@ class SLA(AttentionMethod):
         super().__init__(config)
         self._names: list[str] = []
         self._projections: list[torch.nn.Linear] = []
-        self._geometries: dict[tuple[int, TokenGrid | None, torch.device], Geometry] = {}
+        self._geometries: Recent[Geometry] = Recent()
         self._known_to_be_trained = config.topk == 1  # nothing is left to the linear branch
 
     # -- parameters ------------------------------------------------------------------------------------------------
@@ -137,9 +138,9 @@ class SLA(AttentionMethod):
         if self.config.weights is None and same:
             self._projections = former._projections
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> AttentionSeam:
-        context = super().install(model, ledger, report, clock)
-        self._names = [layer.name for layer in context.layers]
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> AttentionSeams:
+        seams = super().install(model, ledger, report, clock)
+        self._names = [layer.name for layer in seams.shared.layers]
         attentions = [model.module.get_submodule(name) for name in self._names]
         kept = len(self._projections) == len(attentions)
         if not kept:
@@ -152,7 +153,7 @@ class SLA(AttentionMethod):
             report.notes += parameters.load(self.config.weights, self.name, own, settings, self.trained_with)
         elif not kept:
             report.notes.append(f"{PROJECTION} was zero when applied: fine-tune, or give weights=")
-        return context
+        return seams
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         layers = zip(self._names, self._projections, strict=True)
@@ -218,11 +219,7 @@ class SLA(AttentionMethod):
     def _geometry(self, call: AttentionCall) -> Geometry:
         """What depends on lengths alone, kept for the next layers and steps."""
         key = call.query.shape[2], call.grid, call.query.device
-        if key not in self._geometries:
-            if len(self._geometries) >= 8:  # resolutions in use at a time
-                self._geometries.clear()
-            self._geometries[key] = Geometry.of(call, self.config.block_q, self.config.block_k)
-        return self._geometries[key]
+        return self._geometries.get(key, lambda: Geometry.of(call, self.config.block_q, self.config.block_k))
 
     def _record_density(self, call: AttentionCall, critical: torch.Tensor) -> None:
         geometry = self._geometry(call)

@@ -14,8 +14,8 @@ Decisions where the paper and the released code differ or are silent:
 * ``top_p >= 1`` keeps every cluster; a cumulative sum in fp32 would drop tails.
 * k-means runs a fixed number of iterations without the released code's convergence test, which waits for the
   device at every iteration.
-* Cold centroids are tokens drawn with a generator private to the layer, so that a generation is reproducible and
-  nobody's global random state moves.
+* Cold centroids are tokens drawn with a generator private to the layer and the item of the batch, so that a
+  generation is reproducible, an item does not depend on the batch it is in, and nobody's global random state moves.
 * Text tokens (HunyuanVideo and other joint sequences) are one query block that sees every valid key and one key
   block that every query sees. Padded text is hidden as a key and computed as a query, as the host's own mask has
   it; the released code lets padding attend to padding. The video output is the same.
@@ -33,7 +33,7 @@ from hf_accel.attention.layout import density, expand_heads
 from hf_accel.attention.selectors import centroid_map, top_p
 from hf_accel.config import setting
 from hf_accel.facts import Facts
-from hf_accel.kernels.kmeans import KMeansResult, kmeans
+from hf_accel.kernels.kmeans import KMeansResult, kmeans, seed
 from hf_accel.kernels.permute import gather_rows
 from hf_accel.kernels.variable_block_attention import variable_block_attention
 from hf_accel.registry import register
@@ -131,23 +131,28 @@ class SVG2(AttentionMethod):
         settings = self.config
         start, stop = video_span(call)
         tokens = stop - start
-        generator = None
+        points = [x[:, :, start:stop] for x in (call.query, expand_heads(call.key, call.query.shape[1]))]
+        counts = [min(count, tokens) for count in (settings.num_q_centroids, settings.num_k_centroids)]
+        iterations = settings.kmeans_iter_step
         if state.query is None:
-            generator = torch.Generator(call.query.device).manual_seed(call.layer.index)
-        iterations = settings.kmeans_iter_init if state.query is None else settings.kmeans_iter_step
-        key = expand_heads(call.key, call.query.shape[1])
+            iterations = settings.kmeans_iter_init
+            state.query, state.key = cold_centroids(points, counts, call.layer.index)
         results = [
-            kmeans(
-                x[:, :, start:stop], min(count, tokens),
-                centroids=centroids, iterations=iterations, generator=generator, backend=settings.backend,
-            )
-            for x, count, centroids in (
-                (call.query, settings.num_q_centroids, state.query),
-                (key, settings.num_k_centroids, state.key),
-            )
-        ]  # fmt: skip
+            kmeans(x, count, centroids=centroids, iterations=iterations, backend=settings.backend)
+            for x, count, centroids in zip(points, counts, (state.query, state.key), strict=True)
+        ]
         state.query, state.key = results[0].centroids, results[1].centroids
         return results[0], results[1]
+
+
+def cold_centroids(points: list[torch.Tensor], counts: list[int], layer: int) -> list[torch.Tensor]:
+    """Tokens drawn of each ``[B, H, N, D]``, as many as its count: ``[B, H, C, D]``. Every item draws the same places,
+    whatever batch it is in."""
+    drawn = []
+    for item in range(len(points[0])):
+        generator = torch.Generator(points[0].device).manual_seed(layer)
+        drawn.append([seed(x[item : item + 1], n, generator=generator) for x, n in zip(points, counts, strict=True)])
+    return [torch.cat(items) for items in zip(*drawn, strict=True)]
 
 
 def video_span(call: AttentionCall) -> tuple[int, int]:

@@ -3,6 +3,10 @@
 A block that cannot run here stands below a comment that a reader of the page does not see::
 
     <!-- not run: needs two machines -->
+
+A block that is a piece of a file, which has tests of its own, names the file::
+
+    <!-- excerpt of examples/own-method/own_method/wsd.py -->
 """
 
 from __future__ import annotations
@@ -18,17 +22,25 @@ _BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _NOT_RUN = re.compile(r"<!-- not run: (.+) -->\s*\Z")
+_EXCERPT = re.compile(r"<!-- excerpt of (\S+) -->\s*\Z")
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block. ``line`` is that of its first line of code; ``not_run`` the reason why it is left out."""
+    """One fenced block. ``line`` is that of its first line of code; ``not_run`` the reason why it is left out;
+    ``excerpt_of`` the file that it is a piece of.
+    """
 
     page: str
     line: int
     language: str
     code: str
     not_run: str | None
+    excerpt_of: str | None
+
+    @property
+    def runs(self) -> bool:
+        return self.language == "python" and self.not_run is None and self.excerpt_of is None
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -45,18 +57,18 @@ def blocks(page: str, text: str | None = None) -> list[Block]:
     text = (ROOT / page).read_text() if text is None else text
     out = []
     for match in _BLOCK.finditer(text):
-        reason = _NOT_RUN.search(match["before"] or "")
+        reason, file = _NOT_RUN.search(match["before"] or ""), _EXCERPT.search(match["before"] or "")
         line = text.count("\n", 0, match.start("code")) + 1
         code = textwrap.dedent(match["code"])
-        out.append(Block(page, line, match["language"], code, reason[1] if reason else None))
+        out.append(Block(page, line, match["language"], code, reason[1] if reason else None, file[1] if file else None))
     return out
 
 
 def python_blocks(page: str) -> list[Block]:
-    return [block for block in blocks(page) if block.language in ("python", "py")]
+    return [block for block in blocks(page) if block.language == "python"]
 
 
-_COMMAND = re.compile(r"(?:\.venv/bin/)?hf-accel .+|python (?:-m )?[\w./-]+( .*)?|make [\w-]+( .*)?")
+_COMMAND = re.compile(r"(?:\.venv/bin/)?hf-accel .+|python (?:.* -c|-m \S+|[\w/]\S*)( .*)?|make [\w-]+( .*)?")
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 

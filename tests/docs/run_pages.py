@@ -62,7 +62,7 @@ def run(page: str) -> None:
     module = types.ModuleType("page")
     sys.modules["page"] = module  # dataclasses look up the module of a class
     for block in python_blocks(page):
-        if block.not_run is None:
+        if block.runs:
             began = time.monotonic()
             tree = ast.increment_lineno(ast.parse(block.code), block.line - 1)
             exec(compile(tree, page, "exec"), module.__dict__)
@@ -121,6 +121,8 @@ def in_a_fork(work: str | list[str], home: Path) -> dict[str, object]:
             try:
                 run(work) if isinstance(work, str) else read_arguments(work)
                 code = 0
+            except SystemExit as end:  # 0: a program that was asked for help and is content
+                code = 1 if end.code or isinstance(work, str) else 0
             except BaseException:  # noqa: BLE001 (whatever a page does ends here and is told)
                 traceback.print_exc()
             finally:

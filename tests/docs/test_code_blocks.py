@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import code_blocks
@@ -21,7 +22,7 @@ from code_blocks import ROOT
 
 pytestmark = pytest.mark.xdist_group("code blocks")  # one process that imports everything, not one per worker
 
-LANGUAGES = {"", "python", "yaml", "json", "text", "sh"}
+LANGUAGES = {"", "python", "yaml", "json", "toml", "text", "sh"}
 PAGES = code_blocks.pages()
 # Blocks that are not run, each with its reason on the page. Where more seem to be needed, change the page first.
 MOST_NOT_RUN = 2
@@ -48,7 +49,7 @@ def runner():
     process.wait(60)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks.python_blocks(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in code_blocks.blocks(page))])
 def test_python_blocks_run(page, runner):
     found = runner(page)
     assert found["error"] is None, f"{page} fails as it stands:\n{found['error']}"
@@ -61,6 +62,9 @@ def test_commands_are_understood(page, runner):
         words = shlex.split(command)
         if words[0] == "make":
             assert words[1] in targets, f"{page}: {command}"
+            continue
+        if "-c" in words:
+            compile(words[words.index("-c") + 1], page, "exec")
             continue
         if words[0] == "python" and words[1] != "-m":
             file = ROOT / words[1]
@@ -81,6 +85,8 @@ def test_data_blocks_parse(page):
             assert isinstance(yaml.safe_load(block.code), dict), block
         if block.language == "json":
             json.loads(block.code)
+        if block.language == "toml":
+            assert tomllib.loads(block.code), block
 
 
 def test_presets_on_the_pages_are_presets():
@@ -90,6 +96,12 @@ def test_presets_on_the_pages_are_presets():
         if block.language == "yaml":
             family = yaml.safe_load(block.code).get("family")
             assert families.parse(block.code, f"{family}.yaml") if family else files.parse(block.code, str(block))
+
+
+def test_excerpts_are_what_their_files_say():
+    for page in PAGES:
+        for block in code_blocks.blocks(page):
+            assert block.excerpt_of is None or block.code in (ROOT / block.excerpt_of).read_text(), block
 
 
 def test_few_blocks_are_not_run_and_each_says_why():
@@ -108,4 +120,5 @@ def test_how_pages_are_read():
     text = "a\n\n<!-- not run: needs a GPU -->\n```python\nx = 1\n```\n\n- b\n\n  ```yaml\n  a: 1\n  ```\n"
     first, second = code_blocks.blocks("page.md", text)
     assert (first.language, first.code, first.line, first.not_run) == ("python", "x = 1\n", 5, "needs a GPU")
+    assert first.runs is False
     assert (second.language, second.code, second.not_run) == ("yaml", "a: 1\n", None)

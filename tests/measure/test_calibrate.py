@@ -12,7 +12,7 @@ import hf_accel
 from hf_accel import preset
 from hf_accel.attention.call import AttentionCall, Layer, Step
 from hf_accel.errors import Conflict, HFAccelError, InvalidSetting, NotApplicable
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.measure.calibrate import Calibratable, Probe, calibrate
@@ -66,11 +66,14 @@ class Judge:
     def reset(self):
         pass
 
+    def fork(self):
+        return self
+
 
 def judge(model, config, seed=0):
     """(errors, mean density) of every call of a dense run."""
     core, ledger = Judge(Sparge(config)), Ledger()
-    attention.install(Model("model", model), core, ledger, MethodReport("judge", {}, "", ""), Clock())
+    attention.install(Model("model", model), core, ledger, MethodReport("judge", {}, "", ""), clocks())
     denoise(model, seed)
     ledger.undo()
     return core.seen

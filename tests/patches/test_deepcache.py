@@ -299,7 +299,7 @@ def test_one_tensor_is_kept_at_every_branch(pipe, branch):
         pipe(10, batch=2)
         batch, channels, height, width = entered["shape"]
         assert run_of(applied).kept_bytes == 4 * batch * (channels - skip) * height * width
-        assert pipe.unet._hf_accel_step_cache.kept_bytes == 0  # let go at the end of the call
+        assert pipe.unet._hf_accel_step_cache.now().kept_bytes == 0  # let go at the end of the call
 
 
 def macs_by_hooks(model, run):
@@ -401,7 +401,7 @@ def test_full_steps_are_the_models_own_bit_for_bit(pipe):
 def test_a_kept_state_keeps_its_address_through_a_generation(pipe):
     addresses = set()
     with hf_accel.apply(pipe, "deepcache", cache_interval=3) as applied:
-        context = applied._installed[0][1].handle
+        context = applied._installed[0][1].handle.now()
         pipe.unet.register_forward_hook(
             lambda *_: addresses.update(kept.buffer.data_ptr() for kept in context._kept.values())
         )

@@ -332,7 +332,7 @@ def test_copies_are_apart():
 
 
 def context(pipe):
-    return pipe.model._hf_accel_prefix_cache
+    return pipe.model._hf_accel_prefix_cache.now()
 
 
 @pytest.mark.parametrize("verified", [False, True])

@@ -158,7 +158,7 @@ def test_dense_steps_can_warm_up_the_clusters():
         with hf_accel.apply(model, "svg2", zero_step_kmeans_init=warm, **common) as applied, torch.no_grad():
             tiny.run(model, "wan", timestep=900.0)
             tiny.run(model, "wan", timestep=600.0)
-            runner = applied._installed[0][1].handle.core
+            runner = applied._installed[0][1].handle.now().core
             states = {layer: state.query is not None for (layer, *_), state in runner._states.items()}
             assert states == {1: warm}  # never for the always-dense layer 0
             assert applied.report().entries[0].run.sparse_calls == 0

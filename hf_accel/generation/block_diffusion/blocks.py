@@ -44,6 +44,7 @@ from hf_accel.generation.block_diffusion.commit_rules import (
 from hf_accel.hosts.block_families import DIFFUSION_GEMMA, FULL, LLADA2, SDAR, family_of, mask_token_of
 from hf_accel.hosts.caches import new_dynamic_cache
 from hf_accel.hosts.target import kind, unwrap
+from hf_accel.requests import its_own_request
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
@@ -81,6 +82,7 @@ class BlockGeneration:
         return sum(self.lengths) / sum(self.denoising_steps)
 
 
+@its_own_request
 @torch.no_grad()  # not inference mode: what a method on the model remembers would be unusable outside of it
 def generate_blocks(
     model: torch.nn.Module,

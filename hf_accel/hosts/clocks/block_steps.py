@@ -9,7 +9,7 @@ A :class:`BlockClock` learns all this from the arguments of the model's forwards
 samplers, ours or foreign, need not know of it. Where the hooks stand and how the arguments are read differs per family
 of models (:mod:`hf_accel.hosts.block_families`).
 
-A context follows one request at a time, as a model with one cache does; a copy of the model has a clock of its own.
+Every request on a model has a clock of its own (:mod:`hf_accel.requests`), and so has a copy of the model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 
+from hf_accel.errors import Interleaved
 from hf_accel.hosts.block_families import BlockFamily, ForwardRead, Reader, arguments_of
 from hf_accel.ledger import Ledger
 
@@ -72,18 +73,30 @@ class BlockClock:
         self._last: BlockStep | None = None
         self._tokens: torch.Tensor | None = None
         self._cache: weakref.ref | None = None
+        self._left: tuple[weakref.ref, int] | None = None  # cache and prefix of a block that was left unfinished
         self._conditioned = False
         self._rows = 0
 
+    def fork(self) -> BlockClock:
+        """One for another request."""
+        return BlockClock(self.family, self.mask_token, self.tokens)
+
     def __deepcopy__(self, memo: dict) -> BlockClock:
-        twin = type(self)(self.family, self.mask_token, self.tokens)
-        memo[id(self)] = twin
+        twin = memo[id(self)] = self.fork()
         return twin  # the request that runs is the original's
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.fork().__dict__)
+
     def begin(self, arguments: Mapping[str, Any], read: Reader | None = None) -> BlockStep:
-        """A forward with these arguments begins. ``read`` is the family's unless the module has one of its own."""
+        """A forward with these arguments begins. ``read`` is the family's unless the module has one of its own.
+
+        Raises:
+            Interleaved: it goes on with a block in a cache that another request's forwards followed.
+        """
         given = (read or self.family.read)(arguments)
         phase, follows = self._phase(given)
+        self._refuse_turns(given, phase)
         last = self._last
         generation, block, index = (last.generation, last.block, 0) if last is not None else (-1, -1, 0)
         self.changed, self.most_changed = None, 0
@@ -116,6 +129,24 @@ class BlockClock:
         """The next forward belongs to another request."""
         self._cache = self._tokens = self.changed = None
         self.most_changed = 0
+
+    def _refuse_turns(self, given: ForwardRead, phase: Phase) -> None:
+        """Refuse a step of a block that other forwards followed: what is kept between steps was theirs since."""
+        left, last = self._left, self._last
+        if given.cache is None:
+            return
+        if phase == "denoise" and left is not None and left[0]() is given.cache and left[1] == given.prefix:
+            self.forget()
+            self._left = None
+            raise Interleaved(
+                "hf_accel: two texts are written in turns by one model in one thread or task. Nothing was mixed; both "
+                "must begin their block again. Run the forwards of each inside a request of its own: "
+                "`a = hf_accel.request(model)`, then `with a: ...` around every forward of the one, and likewise for "
+                "the other."
+            )
+        mine = self._cache() if self._cache is not None else None
+        if mine is not None and mine is not given.cache and last is not None and last.phase == "denoise":
+            self._left = weakref.ref(mine), last.prefix
 
     def _phase(self, given: ForwardRead) -> tuple[Phase, bool]:
         """What this forward is, and whether it belongs to the request of the last one."""

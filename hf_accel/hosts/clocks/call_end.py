@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+
+from hf_accel.requests import PerRequest
 
 NAME = "_reset_stateful_cache"
 _LISTENERS = "_hf_accel_call_end"
 
 
-class Listener(Protocol):
-    def finish(self) -> None:
-        """The pipeline call ended: the next forward belongs to another generation."""
-
-
 class CallEnd:
-    """A lease for a ledger: ``listener`` is told of the end of pipeline calls while it is held.
+    """A lease for a ledger: the listener of a request is told of the end of its pipeline calls while it is held.
 
     Not called by diffusers when a pipeline raises, nor by modular pipelines, so listeners need other signs too.
     """
 
-    def __init__(self, module: torch.nn.Module, listener: Listener):
+    def __init__(self, module: torch.nn.Module, listener: PerRequest[Any]):
         self.module, self.listener = module, listener
         listeners = module.__dict__.get(_LISTENERS)
         if listeners is None:
@@ -51,7 +48,7 @@ class CallEnd:
 
 def _finish(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
     for listener in self.__dict__[_LISTENERS]:
-        listener.finish()
+        listener.now().finish()
     native = getattr(type(self), NAME, None)
     if native is not None:
         native(self, *args, **kwargs)

@@ -1,20 +1,23 @@
 """The step clock: which denoising step, branch and generation a forward belongs to, without the user's help.
 
 Sources, best first: what the pipeline says through ``cache_context`` (name always; step index and count only from
-some), the place of the timestep in the scheduler's own tensor (of which loops over it hand out views, so that nothing
-is read back from the device), and the value of the timestep the model receives. A clock is shared by all denoisers of
-a pipeline, so that the second expert of Wan 2.2 continues the count of the first; each method has a clock of its own.
+some), the place of the timestep in the schedule (loops over a schedule hand out views of it, from which nothing is read
+back from the device), and the value of the timestep the model receives. A request has one clock for each method, which
+all denoisers of a pipeline share, so that the second expert of Wan 2.2 continues the count of the first.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from hf_accel.attention.call import Step
+from hf_accel.errors import Interleaved
+from hf_accel.hosts.clocks.caller import calling_pipeline, schedule_of
+from hf_accel.requests import PerRequest, Request
 
 
 @dataclass
@@ -26,28 +29,84 @@ class Announcement:
     num_inference_steps: int | None = None
 
 
-class Clock:
-    """Counts steps and generations from what forwards bring.
+class Place(NamedTuple):
+    """The entry ``index`` of a schedule, ``[steps]``."""
 
-    A generation begins at the first forward; after :meth:`finish` (the pipeline call ended); when the scheduler got
-    another schedule; when the timestep rises, or comes from another pipeline's schedule; when the shape of the latents
-    changes; when a first step repeats and the prompt of the earlier one no longer exists (that call was abandoned); and
-    after a forward that raised.
+    schedule: torch.Tensor
+    index: int
+
+
+@dataclass
+class Left:
+    """A generation that another one followed before its last step."""
+
+    schedule: weakref.ref[torch.Tensor] | None
+    position: int | None
+    levels: list[float]
+
+
+@dataclass
+class Generation:
+    """What a clock knows of the generation that runs.
+
+    Attributes:
+        schedule: that its timesteps are views of, or that its pipeline goes through; None: unknown.
+        first: position of its first step.
+        levels: timesteps of its steps so far, as far as they were read.
+        prompts: text embeddings that came; the same come back at every step.
+        rises: its timesteps rise, as an inverse scheduler's do.
+    """
+
+    shape: tuple[int, ...]
+    schedule: weakref.ref[torch.Tensor] | None
+    first: int
+    levels: list[float] = field(default_factory=list)
+    prompts: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    rises: bool = False
+
+    def knows(self, prompt: torch.Tensor | None) -> bool:
+        """Whether a prompt came before in this generation, whole or as a part of another."""
+        return prompt is not None and any(_same(ref(), prompt) for ref in self.prompts)
+
+    def lost_a_prompt(self) -> bool:
+        return any(ref() is None for ref in self.prompts)
+
+
+class Clock:
+    """Counts steps and generations from what the forwards of one request bring.
+
+    A generation begins at the first forward; after :meth:`finish` (the pipeline call ended); with another schedule;
+    when the timestep goes back; when the shape of the latents changes and neither schedule nor prompt says that it is
+    the same caller still (tiles, guidance that ends midway); when a first step repeats and the prompt of the earlier
+    one no longer exists (that call was abandoned); and after a forward that raised.
+
+    Args:
+        pipeline: that of the models, asked for its schedule where no pipeline calls.
     """
 
     def __init__(self, pipeline: weakref.ref | None = None):
         self._pipeline = pipeline
+        self._caller: weakref.ref | None = None
         self.announced: Announcement | None = None
         self.generation = -1
+        self.run = _Nothing()
         self._step: Step | None = None
-        self._first_timestep = 0.0
-        self._shape: tuple[int, ...] | None = None
-        self._schedule: weakref.ref | None = None
+        self._now: Generation | None = None
+        self._left: Left | None = None
         self._position: int | None = None
-        self._first_position = 0
         self._calls_in_step = 0
-        self._prompts: list[weakref.ref] = []
         self._names: set[str] = set()
+        self._inputs: list[weakref.ref[torch.Tensor]] = []
+        self._checked: tuple[weakref.ref[torch.Tensor], bool] | None = None
+
+    def fork(self, request: Request) -> Clock:
+        return Clock(self._pipeline)
+
+    def __deepcopy__(self, memo: dict) -> Clock:
+        return Clock(self._pipeline)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**Clock().__dict__}  # the pipeline is not a part of the model
 
     @property
     def step(self) -> Step | None:
@@ -56,65 +115,84 @@ class Clock:
 
     def finish(self) -> None:
         """The pipeline call ended (or raised): the next forward begins a new generation."""
-        self._step = None
+        self._step = self._left = None
+
+    def begin(
+        self,
+        timestep: Any,
+        latents: torch.Tensor,
+        prompt: torch.Tensor | None = None,
+        read: bool = False,
+        compiled: bool = False,
+    ) -> Step:
+        """Account for one forward with these arguments and return where it stands.
+
+        Args:
+            timestep: as the model receives it: a number or a tensor, or None.
+            latents: as the model receives them.
+            prompt: the text embedding, if there is one.
+            read: the noise level is wanted, which waits for the device; else it is read only where nothing better says
+                which step this is.
+            compiled: ``latents`` were handed out by a graph, where every forward has an object of its own.
+
+        Raises:
+            Interleaved: two generations take turns that nothing but a :class:`~hf_accel.requests.Request` could
+                tell apart.
+        """
+        caller = calling_pipeline()
+        self._caller = weakref.ref(caller) if caller is not None else None
+        place = self.place_of(timestep)
+        needed = timestep is not None and (read or (place is None and self.needs_timestep()))
+        level = read_timestep(timestep) if needed else None
+        return self.tick(level, tuple(latents.shape), prompt, place, None if compiled else latents)
 
     def needs_timestep(self) -> bool:
         """False if the pipeline announces step indices, so that the timestep tensor need not be read."""
         return self.announced is None or self.announced.step_index is None
 
-    def position_of(self, timestep: Any) -> int | None:
-        """Index of a timestep in the scheduler's schedule, without reading it: it is a view of one element there.
+    def place_of(self, timestep: Any) -> Place | None:
+        """Where a timestep stands in its schedule, without reading it: it is a view of one element there.
 
-        None for a number, a tensor of its own, one level per item, or outside a pipeline.
+        The schedule is that of the pipeline's scheduler or, in any loop over a one-dimensional tensor that falls or
+        rises throughout, that tensor. None for a number, a tensor of its own, or one level per item.
         """
-        schedule = self._schedule_now()
-        if schedule is None or not isinstance(timestep, torch.Tensor) or not timestep.numel():
-            return None
-        if timestep.dtype != schedule.dtype or timestep.device != schedule.device:
+        if not isinstance(timestep, torch.Tensor) or not timestep.numel():
             return None
         if any(stride and size > 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True)):
             return None
-        if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
-            return None
-        index, odd = divmod(int(timestep.storage_offset() - schedule.storage_offset()), schedule.stride(0))
-        return index if not odd and 0 <= index < len(schedule) else None
+        schedule = schedule_of(self._pipeline_now())
+        found = _index_in(schedule, timestep) if schedule is not None else None
+        if schedule is None or found is None:
+            schedule = timestep._base
+            if schedule is None or schedule.ndim != 1 or len(schedule) < 2 or not self._is_a_schedule(schedule):
+                return None
+            found = _index_in(schedule, timestep)
+        return Place(schedule, found) if found is not None else None
 
     def tick(
         self,
         timestep: float | None,
         shape: tuple[int, ...],
         prompt: torch.Tensor | None = None,
-        position: int | None = None,
+        place: Place | None = None,
+        latents: torch.Tensor | None = None,
     ) -> Step:
-        """Account for one forward and return where it stands.
+        """As :meth:`begin`, of what was found out about the arguments.
 
         Args:
             timestep: noise level of this forward; None if it was not read, since one of the better sources speaks.
-            shape: of the latents; a change begins a new generation.
-            prompt: the text embedding; the same tensor comes back at every step of a generation.
-            position: see :meth:`position_of`.
+            shape: of the latents.
+            prompt: the text embedding.
+            place: see :meth:`place_of`.
+            latents: told apart by identity: several in one step are tiles.
         """
-        said = self.announced
-        previous = self._step
+        said, previous, now = self.announced, self._step, self._now
         index = said.step_index if said is not None else None
+        position = place.index if place is not None else None
         moved_by = position - self._position if position is not None and self._position is not None else None
-        fresh = previous is None or shape != self._shape or self._schedule_changed()
-        if previous is not None and not fresh:
-            if index is not None:
-                fresh = index < previous.index
-            elif moved_by is not None:
-                fresh = moved_by < 0
-            elif (position is None) != (self._position is None):
-                fresh = True  # another pipeline that shares the model and has a scheduler of its own
-            elif timestep is not None:
-                fresh = timestep > previous.timestep
-            # A call abandoned in its first step leaves a clock that looks like the start of the next one; only its
-            # prompt is gone. Later steps are not judged so: some pipelines build the embedding anew every step.
-            same = moved_by == 0 if moved_by is not None else timestep in (None, previous.timestep)
-            still_first = previous.index == 0 and index in (None, 0) and same
-            fresh |= still_first and any(ref() is None for ref in self._prompts)
-        if fresh:
-            self._begin(timestep or 0.0, shape, position)
+        self._refuse_turns(timestep, place, moved_by)
+        if previous is None or now is None or self._begins(now, previous, timestep, shape, prompt, place, moved_by):
+            now = self._begin(timestep, shape, place)
             previous = None
         name = said.name if said is not None else None
         if previous is None:
@@ -123,63 +201,183 @@ class Clock:
             moved = index != previous.index
         elif position is not None and moved_by is not None:
             # The schedule of a second-order sampler lists its inner calls, so every entry is a step.
-            index, moved = position - self._first_position, moved_by != 0
+            index, moved = position - now.first, moved_by != 0
         else:
             # Second-order samplers call twice at one timestep: a branch that speaks again begins a step.
             moved = timestep != previous.timestep or (name is not None and name in self._names)
             index = previous.index + int(moved)
         self._position = position
         if moved:
-            self._calls_in_step, self._names = 0, set()
+            self._calls_in_step, self._names, self._inputs = 0, set(), []
+            if timestep is not None:
+                now.levels.append(timestep)
         branch = name if name is not None else f"call{self._calls_in_step}"
         self._calls_in_step += 1
         self._names.add(branch)
-        if prompt is not None and not any(ref() is prompt for ref in self._prompts):
-            self._prompts.append(weakref.ref(prompt))
-        count = self._count()
+        if prompt is not None and not any(ref() is prompt for ref in now.prompts):
+            now.prompts.append(weakref.ref(prompt))
+        count = self._count(now, place)
         level = timestep if timestep is not None else float("nan")
         if count:
             progress = index / count
-        elif timestep is not None and self._first_timestep:
-            progress = 1.0 - timestep / self._first_timestep
+        elif timestep is not None and now.levels and now.levels[0]:
+            progress = min(max(1.0 - timestep / now.levels[0], 0.0), 1.0)
         else:
             progress = 0.0
-        self._step = Step(index, count, level, progress, branch, self.generation)
+        self._step = Step(index, count, level, progress, branch, self.generation, self._tile(latents))
         return self._step
 
-    def _begin(self, timestep: float, shape: tuple[int, ...], position: int | None) -> None:
+    def _begins(
+        self,
+        now: Generation,
+        previous: Step,
+        timestep: float | None,
+        shape: tuple[int, ...],
+        prompt: torch.Tensor | None,
+        place: Place | None,
+        moved_by: int | None,
+    ) -> bool:
+        """Whether a forward belongs to another generation than the one before it."""
+        announced = self.announced.step_index if self.announced is not None else None
+        schedule = place.schedule if place is not None else self._schedule_of_caller()
+        if now.schedule is not None and now.schedule() is not schedule:
+            return True
+        if announced is not None:
+            goes_back = announced < previous.index
+        elif moved_by is not None:
+            goes_back = moved_by < 0
+        elif (place is None) != (self._position is None):
+            return True  # another pipeline that shares the model and has a scheduler of its own
+        else:
+            goes_back = timestep is not None and self._goes_back(now, previous, timestep, prompt)
+        if goes_back:
+            return True
+        if shape != now.shape and announced is None and place is None and not now.knows(prompt):
+            return True
+        # A call abandoned in its first step leaves a clock that looks like the start of the next one; only its
+        # prompt is gone. Later steps are not judged so: some pipelines build the embedding anew every step.
+        same = moved_by == 0 if moved_by is not None else timestep in (None, previous.timestep)
+        return previous.index == 0 and announced in (None, 0) and same and now.lost_a_prompt()
+
+    @staticmethod
+    def _goes_back(now: Generation, previous: Step, timestep: float, prompt: torch.Tensor | None) -> bool:
+        """Whether a level cannot follow the last one. Levels fall; under an inverse scheduler they rise, which the
+        second step shows, if it comes with the prompt of the first."""
+        if now.rises:
+            return timestep < previous.timestep
+        if timestep > previous.timestep and previous.index == 0 and now.knows(prompt):
+            now.rises = True
+        return timestep > previous.timestep and not now.rises
+
+    def _begin(self, timestep: float | None, shape: tuple[int, ...], place: Place | None) -> Generation:
+        last, step = self._now, self._step
+        unfinished = last is not None and step is not None and (step.count is None or step.index + 1 < step.count)
+        self._left = Left(last.schedule, self._position, last.levels) if unfinished and last is not None else None
         self.generation += 1
-        self._first_timestep, self._shape = timestep, shape
-        self._first_position = position or 0
-        schedule = self._schedule_now()
-        self._schedule = weakref.ref(schedule) if schedule is not None else None
-        self._prompts, self._names, self._calls_in_step = [], set(), 0
+        schedule = place.schedule if place is not None else self._schedule_of_caller()
+        known = weakref.ref(schedule) if schedule is not None else None
+        self._now = Generation(shape, known, place.index if place is not None else 0)
+        self._names, self._calls_in_step = set(), 0
+        return self._now
 
-    def _schedule_now(self) -> torch.Tensor | None:
-        """The timesteps that the pipeline's scheduler goes through now, ``[steps]``."""
-        pipeline: Any = self._pipeline() if self._pipeline is not None else None
-        timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
-        return timesteps if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 and len(timesteps) else None
+    def _refuse_turns(self, timestep: float | None, place: Place | None, moved_by: int | None) -> None:
+        """Refuse a forward that goes on with a generation which another one followed: theirs would be mixed."""
+        left, now, previous = self._left, self._now, self._step
+        if left is None or now is None or previous is None:
+            return
+        if place is not None:
+            if left.schedule is None or left.position is None or left.schedule() is not place.schedule:
+                return
+            other = now.schedule is None or now.schedule() is not place.schedule
+            returns = place.index > left.position if other else place.index == left.position + 1 and (moved_by or 0) > 1
+        else:
+            if timestep is None or len(left.levels) < 2 or not now.levels or now.levels[0] != left.levels[0]:
+                return
+            last, stride = left.levels[-1], left.levels[-1] - left.levels[-2]
+            between = min(timestep, previous.timestep) < last < max(timestep, previous.timestep)
+            returns = between and abs(timestep - last - stride) <= 0.01 * abs(stride)
+        if returns:
+            self.finish()
+            raise Interleaved(
+                "hf_accel: two generations take turns on one model in one thread or task, and their forwards cannot be "
+                "told apart. Nothing was mixed; both must begin again. Run the forwards of each inside a request of "
+                "its own: `a = hf_accel.request(model)`, then `with a: ...` around every forward of the one, and "
+                "likewise for the other."
+            )
 
-    def _schedule_changed(self) -> bool:
-        """Whether the scheduler was set anew since this generation began."""
-        return self._schedule is not None and self._schedule() is not self._schedule_now()
+    def _tile(self, latents: torch.Tensor | None) -> int:
+        """Which of the inputs of this step these latents are: branches of guidance see the same, tiles do not."""
+        if latents is None:
+            return 0
+        for index, ref in enumerate(self._inputs):
+            if _same(ref(), latents):
+                return index
+        self._inputs.append(weakref.ref(latents))
+        return len(self._inputs) - 1
 
-    def _count(self) -> int | None:
+    def _is_a_schedule(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor falls or rises throughout; read once. Levels drawn for a batch do not."""
+        if self._checked is None or self._checked[0]() is not tensor:
+            steps = tensor.detach().diff()
+            self._checked = weakref.ref(tensor), bool((steps <= 0).all() | (steps >= 0).all())
+        return self._checked[1]
+
+    def _pipeline_now(self) -> Any:
+        """The pipeline that calls or, where none does, that of the models; None: neither."""
+        caller = self._caller() if self._caller is not None else None
+        return caller if caller is not None or self._pipeline is None else self._pipeline()
+
+    def _schedule_of_caller(self) -> torch.Tensor | None:
+        """What a loop that is no pipeline's goes through is not known by the pipeline of the models."""
+        return schedule_of(self._caller()) if self._caller is not None else None
+
+    def _count(self, now: Generation, place: Place | None) -> int | None:
         if self.announced is not None and self.announced.num_inference_steps:
             return int(self.announced.num_inference_steps)
-        pipeline: Any = self._pipeline() if self._pipeline is not None else None
-        if pipeline is None:
-            return None
+        rest = len(place.schedule) - now.first if place is not None else None
+        pipeline = self._pipeline_now()
+        schedule = schedule_of(pipeline)
+        if pipeline is None or (place is not None and place.schedule is not schedule):
+            return rest
         count = getattr(pipeline, "_num_timesteps", None)
         if count is None:
-            timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
-            count = len(timesteps) if timesteps is not None else None
-        schedule = self._schedule_now()
-        if count and schedule is not None and self._position is not None:
+            count = len(schedule) if schedule is not None else None
+        if count and rest is not None:
             # The pipeline's own count may be that of an earlier call: another pipeline can share model and scheduler.
-            count = min(count, len(schedule) - self._first_position)
+            count = min(count, rest)
         return int(count) if count else None
+
+
+class _Nothing:
+    """The statistics of a clock, which counts for others."""
+
+    def merge(self, other: _Nothing) -> None:
+        pass
+
+
+Clocks = PerRequest[Clock]
+
+
+def clocks(pipeline: weakref.ref | None = None) -> Clocks:
+    """The clocks of one method on the denoisers of a pipeline, a clock for each request."""
+    return PerRequest(Clock(pipeline))
+
+
+def _index_in(schedule: torch.Tensor, timestep: torch.Tensor) -> int | None:
+    """Which entry of a schedule a tensor is a view of."""
+    if timestep.dtype != schedule.dtype or timestep.device != schedule.device or schedule.device.type == "meta":
+        return None
+    if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
+        return None
+    index, odd = divmod(int(timestep.storage_offset() - schedule.storage_offset()), schedule.stride(0) or 1)
+    return index if not odd and 0 <= index < len(schedule) else None
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    """Whether two tensors are one, or parts of one."""
+    if one is None:
+        return False
+    return (one if one._base is None else one._base) is (other if other._base is None else other._base)
 
 
 def read_timestep(value: Any) -> float:

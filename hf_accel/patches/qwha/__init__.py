@@ -40,7 +40,7 @@ import torch
 from hf_accel.config import Config, setting
 from hf_accel.errors import InvalidSetting
 from hf_accel.facts import HOSTS, HOSTS_OF, Facts
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.patches.qwha.correction import (
@@ -117,7 +117,7 @@ class QWHA(AdapterMethod):
             return f'a {kind(model.module)} without packed linears to repair; first hf_accel.apply(model, "gptq", ...)'
         return None
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> None:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> None:
         if self.given.get("calibration") is None:
             raise InvalidSetting("qwha", "calibration", None, "texts, token ids or forwards to calibrate on")
         super().install(model, ledger, report, clock)

@@ -39,10 +39,11 @@ import torch
 
 from hf_accel.attention.call import AttentionCall
 from hf_accel.attention.selectors import top_cdf, top_k
+from hf_accel.attention.static import Recent
 from hf_accel.config import setting
 from hf_accel.errors import InvalidSetting
 from hf_accel.facts import Facts
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.block_sparse_attention import block_map_to_index, block_sparse_attention
 from hf_accel.kernels.block_summary import block_summary
@@ -59,7 +60,7 @@ from hf_accel.patches.sparge.thresholds import (
 from hf_accel.registry import register
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention.base import AttentionMethod, SparseAttentionConfig
-from hf_accel.sites.attention.seam import AttentionSeam
+from hf_accel.sites.attention.seam import AttentionSeams
 
 RULES = {"topk": "topk", "cdf": "cdfthreshd"}  # mode -> the setting that is its budget
 SIMILARITY_BARS = {"cdf": 0.6, "topk": -0.1, "density": -0.1}
@@ -165,18 +166,18 @@ class Sparge(AttentionMethod):
 
     def __init__(self, config: SpargeConfig):
         super().__init__(config)
-        self._plans: dict[Any, Plan] = {}
+        self._plans: Recent[Plan] = Recent()
         self._heads: dict[Any, HeadSettings] = {}
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> AttentionSeam:
-        context = super().install(model, ledger, report, clock)
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> AttentionSeams:
+        seams = super().install(model, ledger, report, clock)
         table = self.config.thresholds
-        if isinstance(table, dict) and len(table["is_sparse"]) != len(context.layers):
+        if isinstance(table, dict) and len(table["is_sparse"]) != len(seams.shared.layers):
             raise InvalidSetting(
                 self.name, "thresholds", shape_in_words([len(row) for row in table["is_sparse"]]),
-                f"for the {len(context.layers)} patched layers of {model.class_name}; calibrate on this model",
+                f"for the {len(seams.shared.layers)} patched layers of {model.class_name}; calibrate on this model",
             )  # fmt: skip
-        return context
+        return seams
 
     def attend(self, call: AttentionCall, state: Any) -> torch.Tensor:
         reason = self.cannot(call)
@@ -271,11 +272,8 @@ class Sparge(AttentionMethod):
         lengths = call.query.shape[2], call.key.shape[2]
         grid = call.grid if lengths[0] == lengths[1] else None
         key = (*lengths, call.causal, grid, call.query.device)
-        if key not in self._plans:
-            if len(self._plans) >= 8:  # resolutions come and go; the levels of a U-Net stay
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = make_plan(self.config, *lengths, call.causal, grid).to(call.query.device)
-        return self._plans[key]
+        device = call.query.device
+        return self._plans.get(key, lambda: make_plan(self.config, *lengths, call.causal, grid).to(device))
 
     def head_settings(self, call: AttentionCall) -> HeadSettings:
         """The thresholds of this layer's heads."""

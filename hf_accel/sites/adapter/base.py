@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from hf_accel.base import Method
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
@@ -97,7 +97,7 @@ class AdapterMethod(Method):
             return "it has adapters of peft already; take those off, or add this one to them with peft"
         return None if cls.places(model.module) else "it has no layers that this adapter goes around"
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         module = model.module
         places = self.places(module)
         config = self.peft_config(places)

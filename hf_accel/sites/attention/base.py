@@ -14,14 +14,14 @@ from hf_accel.base import Method
 from hf_accel.config import Config as Settings
 from hf_accel.config import setting
 from hf_accel.errors import UnsupportedByKernel
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.common import kernel_log
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import break_even
 from hf_accel.sites.attention import diffusers as attention_host
-from hf_accel.sites.attention.seam import AttentionSeam
+from hf_accel.sites.attention.seam import AttentionSeams
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class AttentionMethod(Method):
     def why_not(cls, model: Model) -> str | None:
         return attention_host.why_not(model.module, cls.facts.media)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> AttentionSeam:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> AttentionSeams:
         self._check_head_dim(model, report)
         return attention_host.install(model, AttentionRunner(self), ledger, report, clock)
 
@@ -86,13 +86,21 @@ class AttentionMethod(Method):
 
 
 class AttentionRunner:
-    """Runs an attention method inside the seam: dense gate, grid check, state per layer and generation."""
+    """Runs an attention method inside the seam: dense gate, grid check, state per layer and generation.
 
-    def __init__(self, method: AttentionMethod):
+    Args:
+        method: shared by all requests, and not written to.
+        verdicts: what is known of being slower than dense, shared as well.
+    """
+
+    def __init__(self, method: AttentionMethod, verdicts: dict[Any, break_even.Verdict] | None = None):
         self.method = method
         self.differentiable = method.facts.backward
-        self._states: dict[tuple[int, int, int], Any] = {}
-        self._verdicts: dict[Any, break_even.Verdict] = {}
+        self._states: dict[tuple[int, ...], Any] = {}
+        self._verdicts: dict[Any, break_even.Verdict] = {} if verdicts is None else verdicts
+
+    def fork(self) -> AttentionRunner:
+        return AttentionRunner(self.method, self._verdicts)
 
     def reset(self) -> None:
         self._states = {}
@@ -110,8 +118,8 @@ class AttentionRunner:
             return call.fallback(reason)
         if self._slower_than_dense(call):
             return call.fallback("slower than dense at this shape (on_slow)")
-        # A cache may run half of a guidance batch within a generation: state of two items is not that of one.
-        key = (call.layer.index, call.item, call.query.shape[0])
+        # A cache may run half of a guidance batch within a generation, and tiles may differ in size.
+        key = call.layer.index, call.item, call.step.tile, call.query.shape[0], call.query.shape[2]
         if key not in self._states:
             self._states[key] = self.method.new_state()
         if self._dense_step(call):

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from hf_accel.errors import NothingPatched
 from hf_accel.facts import Medium
 from hf_accel.hosts.clocks.call_end import CallEnd
-from hf_accel.hosts.clocks.steps import Announcement, Clock
+from hf_accel.hosts.clocks.steps import Announcement, Clock, Clocks
 from hf_accel.hosts.denoisers import DENOISERS, describe
 from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model, kind
@@ -38,13 +38,13 @@ from hf_accel.sites.attention import transformers as language
 from hf_accel.sites.attention.seam import (
     AttentionCore,
     AttentionSeam,
+    AttentionSeams,
     EndHook,
     LayerHook,
     RootHook,
     active_context,
-    context_of,
+    seams_of,
 )
-from hf_accel.sites.attention.statistics import AttentionStatistics
 
 BACKEND_NAME = "hf_accel"
 TRAINABLE_NAME = "hf_accel_trainable"  # of methods through which gradients flow
@@ -62,12 +62,12 @@ def why_not(module: torch.nn.Module, media: Collection[Medium] = frozenset({"vid
             f"{type(module).__name__} is a {what}; {' and '.join(m for m in ('video', 'image') if m in media)} "
             f"self-attention is found in {names}"
         )
-    if context_of(module) is not None:
+    if seams_of(module) is not None:
         return "its attention is already taken by another hf_accel method"
     return None
 
 
-def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodReport, clock: Clock) -> AttentionSeam:
+def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodReport, clock: Clocks) -> AttentionSeams:
     """Route the self-attentions of ``model`` over video, image or text tokens through ``core``.
 
     Raises:
@@ -93,19 +93,18 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
             f"{' or '.join(spec.self_attention)} with a diffusers attention processor; found {len(found)} by name"
             + (f", {report.skipped[-1].reason}." if report.skipped else ".")
         )
-    run = AttentionStatistics()
-    report.run = run
-    context = AttentionSeam(spec, [name for name, _ in usable], core, clock, run)
+    seams = AttentionSeams(AttentionSeam(spec, [name for name, _ in usable], core, clock))
+    report.run = seams
     processors = with_attribute(model.module, "processor")
     shared = _shared(processor for _, _, processor in processors)
     for index, (name, attention) in enumerate(usable):
         if _dispatches(attention.processor):
-            _patch_dispatch(attention, index, context, ledger, clone=id(attention.processor) in shared)
+            _patch_dispatch(attention, index, seams.shared, ledger, clone=id(attention.processor) in shared)
             how = "attention through the dispatcher"
         else:
-            _patch_sdpa(attention, context, ledger)
+            _patch_sdpa(attention, seams.shared, ledger)
             how = "attention through scaled_dot_product_attention"
-        ledger.pre_hook(attention, LayerHook(context, index))
+        ledger.pre_hook(attention, LayerHook(seams, index))
         report.patched.append(Patched(model.name, name, how))
     taken = {name for name, _ in found}
     report.skipped += [
@@ -113,12 +112,12 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
         for name, _, _ in processors
         if name not in taken
     ]
-    ledger.pre_hook(model.module, RootHook(context))
-    ledger.post_hook(model.module, EndHook(context))
+    ledger.pre_hook(model.module, RootHook(seams))
+    ledger.post_hook(model.module, EndHook(seams))
     if hasattr(model.module, "cache_context"):
         ledger.set(model.module, "cache_context", types.MethodType(_announcing_cache_context, model.module))
-    ledger.hold(CallEnd(model.module, clock))
-    return context
+    ledger.hold(CallEnd(model.module, seams))
+    return seams
 
 
 def _dispatches(processor: Any) -> bool:
@@ -136,24 +135,25 @@ def _shared(processors: Iterable[object]) -> set[int]:
 def _announcing_cache_context(self: torch.nn.Module, name: str, **kwargs: Any) -> Any:
     """Instance override of ``CacheMixin.cache_context``: diffusers delivers it to hooked blocks only."""
     inner = type(self).cache_context(self, name, **kwargs)  # type: ignore[attr-defined]
-    return _Announced(inner, context_of(self), name, kwargs)
+    seams = seams_of(self)
+    return _Announced(inner, seams.now().clock if seams is not None else None, name, kwargs)
 
 
 class _Announced:
     """Context manager: announces a forward to the clock around diffusers' own context."""
 
-    def __init__(self, inner: Any, context: AttentionSeam | None, name: str, said: dict[str, Any]):
-        self._inner, self._context = inner, context
+    def __init__(self, inner: Any, clock: Clock | None, name: str, said: dict[str, Any]):
+        self._inner, self._clock = inner, clock
         self._announcement = Announcement(name, said.get("step_index"), said.get("num_inference_steps"))
 
     def __enter__(self) -> Any:
-        if self._context is not None:
-            self._context.clock.announced = self._announcement
+        if self._clock is not None:
+            self._clock.announced = self._announcement
         return self._inner.__enter__()
 
     def __exit__(self, *exc: Any) -> Any:
-        if self._context is not None:
-            self._context.clock.announced = None
+        if self._clock is not None:
+            self._clock.announced = None
         return self._inner.__exit__(*exc)
 
 

@@ -1,8 +1,8 @@
 """The context in which a patched model's attention calls run, and the hooks that keep it.
 
-A :class:`AttentionSeam` belongs to one denoiser. A pre-hook on the model's root tells it of every forward (token grid,
-timestep); a pre-hook on every patched attention tells it which layer runs. Both hooks are objects that hold the
-context, so ``copy.deepcopy(model)`` yields a model with a context of its own.
+An :class:`AttentionSeam` belongs to one request on one denoiser. A pre-hook on the model's root tells it of every
+forward (token grid, timestep); a pre-hook on every patched attention tells it which layer runs. Both hooks are objects
+that hold the seams of the model, so ``copy.deepcopy(model)`` yields a model with seams of its own.
 
 Under ``torch.compile`` hooks are traced and their Python effects are lost or delayed. There the root hook puts one
 opaque operator, ``hf_accel::begin_forward``, in front of the model, and attention is the opaque operator
@@ -13,19 +13,20 @@ layer number inside the graph would compile every block anew.
 from __future__ import annotations
 
 import contextlib
-import itertools
+import copy
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
-from hf_accel.hosts.clocks.steps import Clock, read_timestep
+from hf_accel.hosts.clocks.steps import Clock, Clocks
 from hf_accel.hosts.denoisers import Denoiser, dims_from_ids, level_of
 from hf_accel.kernels.common import kernel_log
+from hf_accel.requests import PerRequest, Request, by_key, in_backward
 from hf_accel.sites.attention.statistics import AttentionStatistics
 
 
@@ -40,12 +41,32 @@ class AttentionCore(Protocol):
     def reset(self) -> None:
         """A new generation begins: drop all state of the last one."""
 
+    def fork(self) -> AttentionCore:
+        """One more of the kind, for another request."""
+
 
 class OrderMaker(Protocol):
     """Knows in which order the tokens of a forward stand; see ``sites/attention/token_order.py``."""
 
-    def make(self, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def make(self, seam: AttentionSeam, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Order and inverse, int64 ``[tokens]`` each, or None for raster order."""
+
+
+@dataclass
+class Moved:
+    """How the tokens of one forward are moved.
+
+    Attributes:
+        order: int64 ``[tokens]``, place r holds raster token ``order[r]``; None: raster order.
+        inverse: the way back.
+        dims: size of the grid in tokens, None for packed models.
+        reason: why the latest forward stayed in raster order, or None.
+    """
+
+    order: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
+    dims: tuple[int, int, int] | None = None
+    reason: str | None = None
 
 
 class _Active(threading.local):
@@ -56,31 +77,28 @@ class _Active(threading.local):
 
 
 _ACTIVE = _Active()
-_CONTEXTS: weakref.WeakValueDictionary[int, AttentionSeam] = weakref.WeakValueDictionary()
-_KEYS = itertools.count(1)
 
 
 class AttentionSeam:
-    """State of the attention seam on one denoiser.
+    """State of one request at the attentions of one denoiser.
 
     Args:
         spec: how the model's class is read.
         names: dotted names of the patched attention modules, in execution order.
         core: what computes their attention.
-        clock: the step clock, shared by the denoisers of one pipeline.
-        run: where calls are counted.
+        clocks: the step clocks, shared by the denoisers of one pipeline.
     """
 
-    def __init__(
-        self, spec: Denoiser, names: Sequence[str], core: AttentionCore, clock: Clock, run: AttentionStatistics
-    ):
-        self.spec, self.core, self.clock, self.run = spec, core, clock, run
+    def __init__(self, spec: Denoiser, names: Sequence[str], core: AttentionCore, clocks: Clocks):
+        self.spec, self.core, self.clocks, self.run = spec, core, clocks, AttentionStatistics()
+        self.clock: Clock = clocks.shared
         self.layers = [Layer(name, index, len(names)) for index, name in enumerate(names)]
         self.native: list[Any] = [None] * len(names)
         self.members: list[tuple[Any, Any]] = []
         self.grid: TokenGrid | None = None
         self.token_order: OrderMaker | None = None
         self.order: torch.Tensor | None = None
+        self.moved = Moved()
         self.timed = False
         self._generation = -1
         self._batch = 1
@@ -89,20 +107,11 @@ class AttentionSeam:
         self._calls = 0
         self._expected: Sequence[int] | None = None
         self._outer: AttentionSeam | None = None
-        self._adopt_key()
 
-    def _adopt_key(self) -> None:
-        self.key = next(_KEYS)
-        _CONTEXTS[self.key] = self
-
-    def __deepcopy__(self, memo: dict) -> AttentionSeam:
-        import copy
-
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_outer"})
-        twin._outer = None
-        twin._adopt_key()
+    def fork(self, request: Request) -> AttentionSeam:
+        twin = copy.copy(self)
+        twin.core, twin.run, twin.clock = self.core.fork(), AttentionStatistics(), self.clocks.for_request(request)
+        twin.moved = Moved()
         return twin
 
     @property
@@ -112,25 +121,28 @@ class AttentionSeam:
 
     def begin(
         self,
-        shape: tuple[int, ...],
+        latents: torch.Tensor,
         timestep: Any,
         dims: tuple[int, int, int] | None,
         ids: torch.Tensor | None,
         prompt: torch.Tensor | None = None,
+        compiled: bool = False,
     ) -> None:
-        """One forward of the model begins."""
+        """One forward of the model begins.
+
+        Raises:
+            Interleaved: it belongs to a generation that another one followed; see :meth:`Clock.begin`.
+        """
         if dims is None and ids is not None:
-            dims = dims_from_ids(ids, shape[1])
+            dims = dims_from_ids(ids, latents.shape[1])
         self.grid = TokenGrid(*dims, text=self.spec.text) if dims is not None else None
         self.order = None
-        position = self.clock.position_of(timestep)
-        needed = timestep is not None and position is None and self.clock.needs_timestep()
-        step = self.clock.tick(read_timestep(timestep) if needed else None, tuple(shape), prompt, position)
+        step = self.clock.begin(timestep, latents, prompt, compiled=compiled)
         if step.generation != self._generation:
             self._generation = step.generation
             self.run.begin_generation()
             self.core.reset()
-        self._enter(shape[0])
+        self._enter(latents.shape[0])
 
     def _enter(self, batch: int) -> None:
         """Layers are counted from here on, and belong to this context."""
@@ -139,14 +151,18 @@ class AttentionSeam:
         self._outer = _ACTIVE.context if _ACTIVE.context is not self else None
         _ACTIVE.context, _ACTIVE.layer = self, None
 
+    def finish(self) -> None:
+        """The pipeline call ended, or a forward raised: nothing of the generation is kept."""
+        self.clock.finish()
+        self.core.reset()
+        self._generation = -1
+
     def end(self, raised: bool) -> None:
-        """The forward is over. After an exception nothing of its generation is kept."""
+        """The forward is over."""
         _ACTIVE.context, _ACTIVE.layer = self._outer, None
         self._outer = None
         if raised:
-            self.clock.finish()
-            self.core.reset()
-            self._generation = -1
+            self.finish()
         elif self._calls == 0:
             self._say_if_replaced()
 
@@ -246,64 +262,57 @@ class AttentionSeam:
         return out
 
 
-class RootHook:
-    """Forward pre-hook of the denoiser: tells the context of every forward."""
+AttentionSeams = PerRequest[AttentionSeam]
 
-    def __init__(self, context: AttentionSeam):
-        self.context = context
+
+class RootHook:
+    """Forward pre-hook of the denoiser: tells the request's seam of every forward."""
+
+    def __init__(self, seams: AttentionSeams):
+        self.seams = seams
 
     @property
     def counts_layers(self) -> AttentionSeam:
         """For :func:`hf_accel.hosts.layer_counting.counter_of`."""
-        return self.context
+        return self.seams.now()
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        spec = self.context.spec
+        spec = self.seams.shared.spec
         arguments = spec.arguments(args, kwargs)
         hidden, timestep = arguments[spec.latents], arguments.get("timestep")
         dims = spec.dims(module, arguments)
         ids = arguments.get(spec.ids) if spec.ids is not None else None
         if torch.compiler.is_compiling():
             level = timestep if isinstance(timestep, torch.Tensor) else torch.as_tensor(timestep)
-            marked = torch.ops.hf_accel.begin_forward(hidden, level, ids, list(dims or ()), self.context.key)
+            marked = torch.ops.hf_accel.begin_forward(hidden, level, ids, list(dims or ()), self.seams.key)
             if spec.latents in kwargs:
                 return args, {**kwargs, spec.latents: marked}
             return (marked, *args[1:]), kwargs
         prompt = arguments.get("encoder_hidden_states")
-        self.context.begin(tuple(hidden.shape), timestep, dims, ids, prompt)
+        self.seams.now().begin(hidden, timestep, dims, ids, prompt)
         return None
 
 
 class EndHook:
     """Forward hook of the denoiser, called after exceptions too."""
 
-    def __init__(self, context: AttentionSeam):
-        self.context = context
+    def __init__(self, seams: AttentionSeams):
+        self.seams = seams
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.context.end(raised=output is None)
+            self.seams.now().end(raised=output is None)
 
 
 class LayerHook:
     """Forward pre-hook of one attention module: says which layer runs. Nothing under ``torch.compile``."""
 
-    def __init__(self, context: AttentionSeam, index: int):
-        self.context, self.index = context, index
+    def __init__(self, seams: AttentionSeams, index: int):
+        self.seams, self.index = seams, index
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self.context.enter_layer(self.index)
-
-
-def in_backward() -> bool:
-    """Whether autograd's backward pass runs in this thread."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def context_by_key(key: int) -> AttentionSeam | None:
-    """The context that an opaque operator names; None if its model is gone."""
-    return _CONTEXTS.get(key)
+            self.seams.now().enter_layer(self.index)
 
 
 def active_context() -> AttentionSeam | None:
@@ -311,24 +320,30 @@ def active_context() -> AttentionSeam | None:
     return _ACTIVE.context
 
 
-def context_of(module: torch.nn.Module) -> AttentionSeam | None:
-    """The seam context of a patched denoiser, found through its root hook."""
+def seams_of(module: torch.nn.Module) -> AttentionSeams | None:
+    """The seams of a patched denoiser, found through its root hook."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, RootHook):
-            return hook.context
+            return hook.seams
     return None
+
+
+def context_of(module: torch.nn.Module) -> AttentionSeam | None:
+    """The seam of a patched denoiser for the request that runs now."""
+    seams = seams_of(module)
+    return seams.now() if seams is not None else None
 
 
 @torch.library.custom_op("hf_accel::begin_forward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _begin_forward(
     hidden: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor | None, dims: Sequence[int], key: int
 ) -> torch.Tensor:
-    """Tell context ``key`` that a compiled forward begins. Returns a copy of ``hidden``, so that the data flow
+    """Tell the seam of ``key`` that a compiled forward begins. Returns a copy of ``hidden``, so that the data flow
     puts everything else behind it."""
-    context = context_by_key(key)
-    if context is not None:
+    seams = by_key(key)
+    if seams is not None:
         frames_height_width = (dims[0], dims[1], dims[2]) if len(dims) == 3 else None
-        context.begin(tuple(hidden.shape), timestep, frames_height_width, ids)
+        seams.now().begin(hidden, timestep, frames_height_width, ids, compiled=True)
     return hidden.clone()
 
 

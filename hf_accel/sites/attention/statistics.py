@@ -51,9 +51,27 @@ class AttentionStatistics:
             heads = density.float().mean(0) if density.ndim == 2 else density.float()
             self.densities.append(LayerDensity(layer, step, branch, heads))
 
+    def merge(self, other: AttentionStatistics) -> None:
+        """Add what another request did. Details of a generation are those of the other's last one, if it had any."""
+        if other.densities:
+            self.fold()
+            self.densities = list(other.densities)
+        self.forwards += other.forwards
+        self.generations += other.generations
+        self.sparse_calls += other.sparse_calls
+        self.dense_calls.update(other.dense_calls)
+        self.kernels.update(other.kernels)
+        self.break_even += [note for note in other.break_even if note not in self.break_even]
+        self.stopwatch.merge(other.stopwatch)
+        self._past_density += other._past_density
+        self._past_calls += other._past_calls
+
     def begin_generation(self) -> None:
-        """Fold the details of the last generation into the totals."""
         self.generations += 1
+        self.fold()
+
+    def fold(self) -> None:
+        """Take the details of the last generation into the totals."""
         if self.densities:
             self._past_density += float(torch.stack([d.heads.mean() for d in self.densities]).sum())
             self._past_calls += len(self.densities)

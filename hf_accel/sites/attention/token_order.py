@@ -26,7 +26,8 @@ from hf_accel.attention.static import Recent
 from hf_accel.hosts.denoisers import DENOISERS, Denoiser, Dims
 from hf_accel.hosts.foreign import reader_of_places
 from hf_accel.ledger import Ledger
-from hf_accel.sites.attention.seam import AttentionSeam, context_by_key
+from hf_accel.requests import by_key
+from hf_accel.sites.attention.seam import AttentionSeam, AttentionSeams, Moved
 
 OrderOf = Callable[[TokenGrid], torch.Tensor]
 
@@ -122,12 +123,12 @@ def why_not(module: torch.nn.Module) -> str | None:
     return f"what belongs to single tokens inside {type(module).__name__} is not known"
 
 
-def hoist(module: torch.nn.Module, context: AttentionSeam, order_of: OrderOf, ledger: Ledger) -> TokenOrder:
+def hoist(module: torch.nn.Module, seams: AttentionSeams, order_of: OrderOf, ledger: Ledger) -> TokenOrder:
     """Let every forward of ``module`` work on tokens in the order that ``order_of`` names.
 
     Args:
-        module: a denoiser for which :func:`why_not` is None, with a seam (``hosts.attention.install``).
-        context: its seam; knows the grid of each forward.
+        module: a denoiser for which :func:`why_not` is None, with a seam (``sites/attention/diffusers.py``).
+        seams: of it; they know the grid of each forward.
         order_of: ``grid -> int [grid.tokens]`` on the CPU: place r of the sequence holds raster token ``order[r]``.
             Asked once per grid. A bound method of the owner, so that a deep copy of the model asks the owner's copy.
         ledger: takes the hooks.
@@ -141,8 +142,8 @@ def hoist(module: torch.nn.Module, context: AttentionSeam, order_of: OrderOf, le
     door = _door(module)
     if door is None:
         raise ValueError(f"{why_not(module)}; ask why_not() first")
-    state = TokenOrder(context, order_of)
-    context.token_order = state
+    state = TokenOrder(seams, order_of)
+    seams.shared.token_order = state
     names = tuple(inspect.signature(type(module).forward).parameters)[1:]
     ledger.pre_hook(module, EntryHook(state, door, names))
     for path, rows in door.modules.items():
@@ -152,37 +153,37 @@ def hoist(module: torch.nn.Module, context: AttentionSeam, order_of: OrderOf, le
 
 
 class TokenOrder:
-    """The order of the forward that runs now.
+    """Moves the tokens of the forwards of one model, in all requests."""
 
-    Attributes:
-        order: int64 ``[tokens]``, place r holds raster token ``order[r]``; None: raster order.
-        inverse: the way back.
-        dims: size of the grid in tokens, None for packed models.
-        reason: why the latest forward stayed in raster order, or None.
-    """
-
-    def __init__(self, context: AttentionSeam, order_of: OrderOf):
-        self.context, self.order_of = context, order_of
-        self.order: torch.Tensor | None = None
-        self.inverse: torch.Tensor | None = None
-        self.dims: Dims | None = None
-        self.reason: str | None = None
+    def __init__(self, seams: AttentionSeams, order_of: OrderOf):
+        self.seams, self.order_of = seams, order_of
         self._made: Recent[tuple[torch.Tensor, torch.Tensor]] = Recent()
+        self._traced = Moved()  # in a graph there is one forward, whoever runs it
 
     @property
     def spec(self) -> Denoiser:
-        return self.context.spec
+        return self.seams.shared.spec
 
-    def make(self, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    @property
+    def moved(self) -> Moved:
+        """How the tokens of the forward that runs now are moved."""
+        return self._traced if torch.compiler.is_compiling() else self.seams.now().moved
+
+    @property
+    def reason(self) -> str | None:
+        """Why the latest forward of this request stayed in raster order, or None."""
+        return self.moved.reason or self._traced.reason
+
+    def make(self, seam: AttentionSeam, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Order and inverse for the grid of the forward that has begun; None if the grid is not that of ``tokens``.
 
         From here on the seam's attention calls carry the order.
         """
-        grid = self.context.grid
+        grid = seam.grid
         if grid is None or grid.tokens != tokens:
             return None
         made = self._made.get((grid, device), lambda: self._both_ways(grid, device))
-        self.context.order = made[0]
+        seam.order = made[0]
         return made
 
     def _both_ways(self, grid: TokenGrid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,32 +198,32 @@ class EntryHook:
         self.state, self.door, self.names = state, door, names
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        state = self.state
-        state.order = state.inverse = None
+        state, moved = self.state, self.state.moved
+        moved.order = moved.inverse = None
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        state.dims = None if self.door.packed else state.spec.dims(module, arguments)
+        moved.dims = None if self.door.packed else state.spec.dims(module, arguments)
         latents = arguments[state.spec.latents]
-        tokens = latents.shape[1] if state.dims is None else math.prod(state.dims)
-        state.reason = self._cannot(module, arguments, tokens)
-        if state.reason is not None:
+        tokens = latents.shape[1] if moved.dims is None else math.prod(moved.dims)
+        moved.reason = self._cannot(module, arguments, tokens, moved.dims)
+        if moved.reason is not None:
             return None
         if torch.compiler.is_compiling():
-            state.order, state.inverse = torch.ops.hf_accel.token_order(latents.detach(), tokens, state.context.key)
-        elif (made := state.make(tokens, latents.device)) is not None:
-            state.order, state.inverse = made
+            moved.order, moved.inverse = torch.ops.hf_accel.token_order(latents.detach(), tokens, state.seams.key)
+        elif (made := state.make(state.seams.now(), tokens, latents.device)) is not None:
+            moved.order, moved.inverse = made
         else:
-            state.reason = "the token grid of this forward is unknown"
+            moved.reason = "the token grid of this forward is unknown"
             return None
-        moved = {
-            name: move_patches(arguments[name], state.order, _known(state.dims), self.door.frames_at)
+        changed = {
+            name: move_patches(arguments[name], moved.order, _known(moved.dims), self.door.frames_at)
             for name in self.door.latents
         }
         for name, axis in self.door.arguments.items():
-            moved[name] = _move(arguments.get(name), Rows(axis), state.order)
-        values = [moved.get(name, value) for name, value in zip(self.names, args, strict=False)]
-        return tuple(values), {name: moved.get(name, value) for name, value in kwargs.items()}
+            changed[name] = _move(arguments.get(name), Rows(axis), moved.order)
+        values = [changed.get(name, value) for name, value in zip(self.names, args, strict=False)]
+        return tuple(values), {name: changed.get(name, value) for name, value in kwargs.items()}
 
-    def _cannot(self, module: Any, arguments: Mapping[str, Any], tokens: int) -> str | None:
+    def _cannot(self, module: Any, arguments: Mapping[str, Any], tokens: int, dims: Dims | None) -> str | None:
         """Why this forward stays in raster order, or None."""
         if (reason := self.door.refuse(module, arguments)) is not None:
             return reason
@@ -237,8 +238,8 @@ class EntryHook:
             patch = _patch(module.config)
             for name in self.door.latents:
                 size = arguments[name].shape[2:]
-                if any(n != d * p for n, d, p in zip(size, self.state.dims or (), patch, strict=True)):
-                    return f"{name} of {tuple(size)} are not whole patches of {patch} on the grid {self.state.dims}"
+                if any(n != d * p for n, d, p in zip(size, dims or (), patch, strict=True)):
+                    return f"{name} of {tuple(size)} are not whole patches of {patch} on the grid {dims}"
         for name, axis in self.door.arguments.items():
             sizes = {x.shape[axis] for x in _tensors(arguments.get(name)) if -x.ndim <= axis < x.ndim}
             if sizes - {1, tokens}:
@@ -253,7 +254,7 @@ class RowsHook:
         self.state, self.rows = state, rows
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        order = self.state.order
+        order = self.state.moved.order
         if order is None or output is None:
             return None
         if self.rows.item is None:
@@ -270,19 +271,20 @@ class ExitHook:
         self.state, self.door = state, door
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        state, inverse = self.state, self.state.inverse
-        state.order = state.inverse = None
+        moved = self.state.moved
+        inverse = moved.inverse
+        moved.order = moved.inverse = None
         if inverse is None or output is None:
             return None
         if isinstance(output, tuple):
-            return (self._back(output[0], inverse), *output[1:])
-        return type(output)(sample=self._back(output.sample, inverse))
+            return (self._back(output[0], inverse, moved.dims), *output[1:])
+        return type(output)(sample=self._back(output.sample, inverse, moved.dims))
 
-    def _back(self, sample: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def _back(self, sample: torch.Tensor, inverse: torch.Tensor, dims: Dims | None) -> torch.Tensor:
         inverse = inverse.to(sample.device)  # offloading may leave the output elsewhere
         if self.door.packed:
             return sample.index_select(1, inverse)
-        return move_patches(sample, inverse, _known(self.state.dims), self.door.frames_at)
+        return move_patches(sample, inverse, _known(dims), self.door.frames_at)
 
 
 def move_patches(latents: torch.Tensor, order: torch.Tensor, dims: Dims, frames_at: int = 2) -> torch.Tensor:
@@ -354,8 +356,9 @@ def _door(module: torch.nn.Module) -> Door | None:
 def _token_order(latents: torch.Tensor, tokens: int, key: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Order and inverse for a forward of a compiled model. ``latents`` come from ``hf_accel::begin_forward``, so the
     grid is known by now. Identity where the forward stays in raster order."""
-    context = context_by_key(key)
-    made = context.token_order.make(tokens, latents.device) if context is not None and context.token_order else None
+    seams = by_key(key)
+    owner = seams.shared.token_order if seams is not None else None
+    made = owner.make(seams.now(), tokens, latents.device) if seams is not None and owner is not None else None
     if made is None:
         raster = torch.arange(tokens, device=latents.device)
         return raster, raster.clone()

@@ -20,7 +20,7 @@ from hf_accel.attention.call import Step
 from hf_accel.errors import NothingPatched
 from hf_accel.hosts import attention_interface
 from hf_accel.hosts.attention_interface import ALTERING, NATIVE, native_function
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.denoisers import Denoiser
 from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model
@@ -29,12 +29,12 @@ from hf_accel.report import MethodReport, Patched
 from hf_accel.sites.attention.seam import (
     AttentionCore,
     AttentionSeam,
+    AttentionSeams,
     EndHook,
     LayerHook,
     active_context,
-    context_of,
+    seams_of,
 )
-from hf_accel.sites.attention.statistics import AttentionStatistics
 
 PREFIX = "hf_accel-"
 
@@ -50,7 +50,7 @@ def attentions(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 def why_not(module: torch.nn.Module) -> str | None:
     """Why the attention of this language model cannot be reached, in words; None if it can."""
-    if context_of(module) is not None:
+    if seams_of(module) is not None:
         return "its attention is already taken by another hf_accel method"
     name = type(module).__name__
     able = getattr(type(module), "_can_set_attn_implementation", None)
@@ -70,14 +70,10 @@ def why_not(module: torch.nn.Module) -> str | None:
 class LanguageContext(AttentionSeam):
     """The seam of a language model: one generation per prefill, no token grid, no denoising step."""
 
-    def __init__(self, names: list[str], core: AttentionCore, clock: Clock, run: AttentionStatistics):
-        super().__init__(Denoiser((), lambda module, arguments: None, medium="text"), names, core, clock, run)
+    def __init__(self, names: list[str], core: AttentionCore, clocks: Clocks):
+        super().__init__(Denoiser((), _no_grid, medium="text"), names, core, clocks)
         self._step: Step | None = None
         self._split: tuple[weakref.ref, tuple[int, torch.Tensor | None] | None] | None = None
-
-    def __deepcopy__(self, memo: dict) -> AttentionSeam:
-        self._split = None  # a weak reference is not copied
-        return super().__deepcopy__(memo)
 
     @property
     def step(self) -> Step | None:
@@ -85,20 +81,21 @@ class LanguageContext(AttentionSeam):
 
     def begin(
         self,
-        shape: tuple[int, ...],
+        latents: torch.Tensor,
         timestep: Any = None,
         dims: Any = None,
         ids: Any = None,
         prompt: Any = None,
+        compiled: bool = False,
     ) -> None:
         """One forward over ``[B, S, ...]`` tokens begins; more than one token is a prefill."""
-        if shape[1] > 1 or self._step is None:
+        if latents.shape[1] > 1 or self._step is None:
             self._generation += 1
             self._step = Step(0, None, 0.0, 0.0, "prefill", self._generation)
             self.run.begin_generation()
             self.core.reset()
         self._split = None
-        self._enter(shape[0])
+        self._enter(latents.shape[0])
 
     def attend(
         self,
@@ -159,23 +156,27 @@ def split_causal(mask: torch.Tensor) -> tuple[int, torch.Tensor | None] | None:
     return keys, (None if bool(valid.all()) else valid)
 
 
-class PrefillHook:
-    """Forward pre-hook of the language model: tells the context of every forward."""
+def _no_grid(module: torch.nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Text has no grid."""
 
-    def __init__(self, context: LanguageContext):
-        self.context = context
+
+class PrefillHook:
+    """Forward pre-hook of the language model: tells the request's seam of every forward."""
+
+    def __init__(self, seams: AttentionSeams):
+        self.seams = seams
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         name = "input_ids" if kwargs.get("input_ids") is not None or args else "inputs_embeds"
         tokens = kwargs[name] if name in kwargs else args[0]
         if torch.compiler.is_compiling():
-            marked = torch.ops.hf_accel.begin_forward(tokens, tokens.new_zeros(1), None, [], self.context.key)
+            marked = torch.ops.hf_accel.begin_forward(tokens, tokens.new_zeros(1), None, [], self.seams.key)
             return (args, {**kwargs, name: marked}) if name in kwargs else ((marked, *args[1:]), kwargs)
-        self.context.begin(tuple(tokens.shape))
+        self.seams.now().begin(tokens)
         return None
 
 
-def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodReport, clock: Clock) -> LanguageContext:
+def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodReport, clock: Clocks) -> AttentionSeams:
     """Route the attentions of a causal language model through ``core``.
 
     Raises:
@@ -185,20 +186,19 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
     if reason is not None:
         raise NothingPatched(f"{model.class_name}: {reason}.")
     found = attentions(model.module)
-    run = AttentionStatistics()
-    report.run = run
-    context = LanguageContext([name for name, _ in found], core, clock, run)
+    seams = AttentionSeams(LanguageContext([name for name, _ in found], core, clock))
+    report.run = seams
     implementation: str = model.module.config._attn_implementation  # type: ignore[union-attr, assignment]
     ledger.hold(SharedRegistration(PREFIX + implementation, functools.partial(_register, implementation)))
     configs = {id(config): config for config in (model.module.config, *(sub.config for _, sub in found))}
     for config in configs.values():
         ledger.set(config, "_attn_implementation_internal", PREFIX + implementation)
     for index, (name, attention) in enumerate(found):
-        ledger.pre_hook(attention, LayerHook(context, index))
+        ledger.pre_hook(attention, LayerHook(seams, index))
         report.patched.append(Patched(model.name, name, "attention through transformers' AttentionInterface"))
-    ledger.pre_hook(model.module, PrefillHook(context))
-    ledger.post_hook(model.module, EndHook(context))
-    return context
+    ledger.pre_hook(model.module, PrefillHook(seams))
+    ledger.post_hook(model.module, EndHook(seams))
+    return seams
 
 
 def _register(implementation: str) -> Callable[[], None]:

@@ -15,7 +15,7 @@ import torch
 
 from hf_accel.base import Method
 from hf_accel.errors import HFAccelError
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
@@ -45,7 +45,7 @@ class DecodingPart(Method):
 
         return host.why_not(model.module)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         """Make ``model.generate`` ask this method.
 
         Raises:

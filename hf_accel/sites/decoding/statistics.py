@@ -32,6 +32,13 @@ class DecodingStatistics:
     drafted_at: Counter[int] = field(default_factory=Counter)
     accepted_at: Counter[int] = field(default_factory=Counter)
 
+    def merge(self, other: DecodingStatistics) -> None:
+        """Add what another request did."""
+        for name in ("generations", "rounds", "gated", "empty", "trees", "tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("plain", "drafted_at", "accepted_at"):
+            getattr(self, name).update(getattr(other, name))
+
     def record_round(self, drafted: int, accepted: int, tokens: int) -> None:
         """One forward verified ``drafted`` tokens, accepted the first ``accepted``, and the text grew by ``tokens``."""
         self.rounds += 1

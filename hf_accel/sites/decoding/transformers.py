@@ -24,6 +24,7 @@ from hf_accel.errors import HFAccelError
 from hf_accel.hosts.target import Model, is_a, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
+from hf_accel.requests import Counters, PerRequest
 from hf_accel.sites.decoding.base import DecodingMethod, DecodingPart, GateMethod
 from hf_accel.sites.decoding.draft import Draft
 from hf_accel.sites.decoding.statistics import DecodingStatistics
@@ -54,9 +55,9 @@ def install(
     model: Model, method: DecodingPart, roles: tuple[str, ...], ledger: Ledger, report: MethodReport
 ) -> DecodingSeam:
     """Let ``method`` draft, or say when to, in every ``generate`` of this model."""
-    run = DecodingStatistics()
-    report.run = run
-    change = RoleChange(model.module, Part(method, run, roles))
+    part = Part(method, PerRequest(Counters(DecodingStatistics())), roles)
+    report.run = part.runs
+    change = RoleChange(model.module, part)
     change.redo()
     ledger.record(change)
     report.patched += [Patched(model.name, "generate", role) for role in roles]
@@ -68,8 +69,13 @@ class Part:
     """One method at the decoding site of one model."""
 
     method: Any
-    run: DecodingStatistics
+    runs: PerRequest[Counters]
     roles: tuple[str, ...]
+
+    @property
+    def run(self) -> DecodingStatistics:
+        """Of the request that runs."""
+        return self.runs.now().run
 
 
 @dataclass

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from hf_accel.base import Method
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.kernels.common.dispatch import Choice
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.embedding import residual, self_conditioning
-from hf_accel.sites.embedding.residual import ResidualSeam
-from hf_accel.sites.embedding.self_conditioning import SelfConditioningSeam
+from hf_accel.sites.embedding.residual import ResidualSeams
+from hf_accel.sites.embedding.self_conditioning import SelfConditioningSeams
 from hf_accel.sites.embedding.start import Start
 from hf_accel.sites.embedding.table import EmbeddingTable
 
@@ -56,7 +56,7 @@ class ResidualMethod(EmbeddingMethod):
     def why_not(cls, model: Model) -> str | None:
         return residual.why_not(model.module)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> ResidualSeam:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> ResidualSeams:
         token, shift = (getattr(self.config, name, None) for name in ("mask_token_id", "logit_shift"))
         return residual.install(model, self, ledger, report, mask_token=token, shift=shift, start=self.start())
 
@@ -76,5 +76,5 @@ class SoftEmbeddingMethod(EmbeddingMethod):
     def why_not(cls, model: Model) -> str | None:
         return self_conditioning.why_not(model.module)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> SelfConditioningSeam:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> SelfConditioningSeams:
         return self_conditioning.install(model, self, ledger, report)

@@ -26,6 +26,7 @@ from hf_accel.hosts.target import Model, kind
 from hf_accel.kernels.common import kernel_log
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
+from hf_accel.requests import PerRequest, Request
 from hf_accel.sites.embedding.start import NO_LOGITS, Start, logit_shift_of, logits_of, rows_at
 from hf_accel.sites.embedding.statistics import ResidualStatistics
 from hf_accel.sites.embedding.table import EmbeddingTable, embedding_table
@@ -57,7 +58,7 @@ class Kept:
 
 
 class ResidualSeam:
-    """State of the site on one model.
+    """State of one request at the site on one model.
 
     Args:
         core: makes the rows.
@@ -65,7 +66,6 @@ class ResidualSeam:
         mask_token: id of the mask token.
         shift: see :func:`logit_shift_of`.
         start: of the first step of a block; None: nothing is replaced there.
-        run: where steps are counted.
     """
 
     def __init__(
@@ -75,9 +75,8 @@ class ResidualSeam:
         mask_token: int,
         shift: int,
         start: Start | None,
-        run: ResidualStatistics,
     ):
-        self.core, self.clock, self.start, self.run = core, clock, start, run
+        self.core, self.clock, self.start, self.run = core, clock, start, ResidualStatistics()
         self.mask_token, self.shift = mask_token, shift
         self._mixing = False
         self._drop()
@@ -89,9 +88,9 @@ class ResidualSeam:
         self._first = False  # and no row of it goes on from another
         self._embedded = False  # and its tokens passed the embedding
 
-    def __getstate__(self) -> dict[str, Any]:
-        # For copies: the request that runs is the original's.
-        return {**self.__dict__, "_kept": None, "_pending": None, "_tokens": None}
+    def fork(self, request: Request) -> ResidualSeam:
+        start = self.start.fork() if self.start is not None else None
+        return ResidualSeam(self.core, self.clock.fork(), self.mask_token, self.shift, start)
 
     def begin(self, module: torch.nn.Module, arguments: Mapping[str, Any]) -> None:
         """A forward of the model begins."""
@@ -204,24 +203,27 @@ class ResidualSeam:
             self._kept = Kept(tokens, slots, rows)
 
 
+ResidualSeams = PerRequest[ResidualSeam]
+
+
 class BeginHook:
     """Forward pre-hook of the model."""
 
-    def __init__(self, context: ResidualSeam):
-        self.context = context
+    def __init__(self, seams: ResidualSeams):
+        self.seams = seams
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         run_eagerly(self._begin, module, args, kwargs)
 
     def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.context.begin(module, arguments_of(module, args, kwargs))
+        self.seams.now().begin(module, arguments_of(module, args, kwargs))
 
 
 class EmbeddingHook:
     """Forward hook of the input embedding."""
 
-    def __init__(self, context: ResidualSeam):
-        self.context = context
+    def __init__(self, seams: ResidualSeams):
+        self.seams = seams
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         return run_eagerly(self._embed, module, args, kwargs, output)
@@ -229,18 +231,21 @@ class EmbeddingHook:
     def _embed(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         ids = args[0] if args else kwargs.get("input")
         if isinstance(output, torch.Tensor) and isinstance(ids, torch.Tensor):
-            return self.context.embed(module, ids, output)
+            return self.seams.now().embed(module, ids, output)
         return None
 
 
 class EndHook:
     """Forward hook of the model, called after exceptions too."""
 
-    def __init__(self, context: ResidualSeam):
-        self.context = context
+    def __init__(self, seams: ResidualSeams):
+        self.seams = seams
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        run_eagerly(self.context.end, output)
+        run_eagerly(self._end, output)
+
+    def _end(self, output: Any) -> None:
+        self.seams.now().end(output)
 
 
 # -- installation --------------------------------------------------------------------------------------------------
@@ -273,7 +278,7 @@ def install(
     mask_token: int | None = None,
     shift: int | None = None,
     start: Start | None = None,
-) -> ResidualSeam:
+) -> ResidualSeams:
     """Let ``core`` replace the embeddings of open positions at denoising steps.
 
     Args:
@@ -294,20 +299,26 @@ def install(
             "stands. If it has one, give mask_token_id=."
         )
     embedding = module.get_input_embeddings()
-    run = ResidualStatistics()
-    report.run = run
     family: Any = family_of(module)
     clock = BlockClock(family, token, tokens=False)  # tokens are compared here, row by row
-    context = ResidualSeam(core, clock, token, logit_shift_of(module) if shift is None else shift, start, run)
-    ledger.set(module, _ATTRIBUTE, context)
+    shift = logit_shift_of(module) if shift is None else shift
+    seams = ResidualSeams(ResidualSeam(core, clock, token, shift, start))
+    report.run = seams
+    ledger.set(module, _ATTRIBUTE, seams)
     name = next((name for name, sub in module.named_modules() if sub is embedding), "")
-    ledger.pre_hook(module, BeginHook(context))
-    ledger.post_hook(embedding, EmbeddingHook(context))
-    ledger.post_hook(module, EndHook(context))
+    ledger.pre_hook(module, BeginHook(seams))
+    ledger.post_hook(embedding, EmbeddingHook(seams))
+    ledger.post_hook(module, EndHook(seams))
     report.patched.append(Patched(model.name, name, f"input embeddings of open positions ({family.name})"))
-    return context
+    return seams
+
+
+def seams_of(module: torch.nn.Module) -> ResidualSeams | None:
+    """The site on a model, if a method took it."""
+    return module.__dict__.get(_ATTRIBUTE)
 
 
 def context_of(module: torch.nn.Module) -> ResidualSeam | None:
-    """The site on a model, if a method took it."""
-    return module.__dict__.get(_ATTRIBUTE)
+    """What the request that runs now has at the site on a model, if a method took it."""
+    seams = seams_of(module)
+    return seams.now() if seams is not None else None

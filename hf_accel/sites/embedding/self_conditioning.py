@@ -11,9 +11,7 @@ model does before and after is its own code still.
 from __future__ import annotations
 
 import inspect
-import itertools
 import types
-import weakref
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +23,7 @@ from hf_accel.kernels.common import kernel_log
 from hf_accel.kernels.common.dispatch import Choice
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
+from hf_accel.requests import PerRequest, Request, by_key
 from hf_accel.sites.embedding.statistics import SelfConditioningStatistics
 
 _ATTRIBUTE = "_hf_accel_self_conditioning"
@@ -65,7 +64,7 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-def install(model: Model, core: SoftEmbedder, ledger: Ledger, report: MethodReport) -> SelfConditioningSeam:
+def install(model: Model, core: SoftEmbedder, ledger: Ledger, report: MethodReport) -> SelfConditioningSeams:
     """Let ``core`` compute the expected embeddings of ``model``'s self-conditioning.
 
     Raises:
@@ -75,14 +74,13 @@ def install(model: Model, core: SoftEmbedder, ledger: Ledger, report: MethodRepo
     decoder = _decoder_of(model.module)
     if reason is not None or decoder is None:
         raise NothingPatched(f"{model.class_name}: {reason}.")
-    run = SelfConditioningStatistics()
-    report.run = run
     names = tuple(name for name in inspect.signature(type(decoder).forward).parameters if name != "self")
-    context = SelfConditioningSeam(core, names, run)
-    ledger.set(decoder, _ATTRIBUTE, context)
+    seams = SelfConditioningSeams(SelfConditioningSeam(core, names))
+    report.run = seams
+    ledger.set(decoder, _ATTRIBUTE, seams)
     override_forward(ledger, decoder, types.MethodType(_forward, decoder))
     report.patched.append(Patched(model.name, "model.decoder", "expected embedding of the self-conditioning"))
-    return context
+    return seams
 
 
 def _decoder_of(module: torch.nn.Module) -> torch.nn.Module | None:
@@ -91,35 +89,19 @@ def _decoder_of(module: torch.nn.Module) -> torch.nn.Module | None:
     return decoder if isinstance(decoder, torch.nn.Module) and all(hasattr(decoder, p) for p in parts) else None
 
 
-_CONTEXTS: weakref.WeakValueDictionary[int, SelfConditioningSeam] = weakref.WeakValueDictionary()
-_KEYS = itertools.count(1)
-
-
 class SelfConditioningSeam:
-    """State of the site on one model.
+    """What one request does at the site on one model; nothing is kept from step to step.
 
     Args:
         core: computes the embeddings.
         names: the arguments of the decoder's forward, in order.
-        run: where calls are counted.
     """
 
-    def __init__(self, core: SoftEmbedder, names: tuple[str, ...], run: SelfConditioningStatistics):
-        self.core, self.names, self.run = core, names, run
-        self._adopt_key()
+    def __init__(self, core: SoftEmbedder, names: tuple[str, ...]):
+        self.core, self.names, self.run = core, names, SelfConditioningStatistics()
 
-    def _adopt_key(self) -> None:
-        self.key = next(_KEYS)
-        _CONTEXTS[self.key] = self
-
-    def __deepcopy__(self, memo: dict) -> SelfConditioningSeam:
-        import copy
-
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        twin._adopt_key()
-        return twin
+    def fork(self, request: Request) -> SelfConditioningSeam:
+        return SelfConditioningSeam(self.core, self.names)
 
     def record(self, tokens: torch.Tensor, verdict: str) -> None:
         """Count one forward over ``tokens`` ``[B, S]``; ``verdict`` as :func:`_verdict` gives it."""
@@ -140,6 +122,8 @@ class SelfConditioningSeam:
         with kernel_log.logging_to(self.run.kernels):
             return self.core.embed(logits, weight)
 
+
+SelfConditioningSeams = PerRequest[SelfConditioningSeam]
 
 EMBED, FIRST = "embed", "first step"
 
@@ -163,15 +147,14 @@ def _verdict(logits: torch.Tensor | None, weight: torch.Tensor) -> str:
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward, with the product of probabilities and embeddings put off."""
-    context: SelfConditioningSeam = getattr(self, _ATTRIBUTE)
+    seams: SelfConditioningSeams = getattr(self, _ATTRIBUTE)
+    context = seams.shared if torch.compiler.is_compiling() else seams.now()
     arguments = {**dict(zip(context.names, args, strict=False)), **kwargs}
     logits, weight = arguments.get("self_conditioning_logits"), self.embed_tokens.weight
     verdict = _verdict(logits, weight)
     tokens = arguments["decoder_input_ids"]
     if torch.compiler.is_compiling():
-        arguments["decoder_input_ids"] = torch.ops.hf_accel.count_self_conditioning(
-            tokens, weight, verdict, context.key
-        )
+        arguments["decoder_input_ids"] = torch.ops.hf_accel.count_self_conditioning(tokens, weight, verdict, seams.key)
     else:
         context.record(tokens, verdict)
     if logits is not None and verdict == EMBED:
@@ -208,9 +191,10 @@ class PendingProbabilities:
 
 @torch.library.custom_op("hf_accel::count_self_conditioning", mutates_args=())
 def _count(tokens: torch.Tensor, weight: torch.Tensor, verdict: str, key: int) -> torch.Tensor:
-    """Tell context ``key`` of a compiled forward. Returns a copy of ``tokens``, so that the forward depends on it."""
-    context = _CONTEXTS.get(key)
-    if context is not None:
+    """Tell the seam of ``key`` of a compiled forward. Returns a copy of ``tokens``, on which the forward depends."""
+    seams = by_key(key)
+    if seams is not None:
+        context = seams.now()
         context.record(tokens, verdict)
         if verdict == EMBED:
             # The product runs inside the graph, where no log can be opened around it.

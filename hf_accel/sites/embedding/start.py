@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,9 @@ NO_LOGITS = "the output has no logits of these positions"
 
 class Start(Protocol):
     """Where the logits come from that the first step of a block has in the place of a last prediction."""
+
+    def fork(self) -> Start:
+        """One for another request."""
 
     def follow(self, arguments: Mapping[str, Any], step: BlockStep) -> None:
         """A prefill or commit forward of the model runs with these arguments."""
@@ -33,6 +37,9 @@ class OwnStart:
     def __init__(self, shift: int | None = None):
         self.shift = shift
 
+    def fork(self) -> OwnStart:
+        return self
+
     def follow(self, arguments: Mapping[str, Any], step: BlockStep) -> None:
         pass
 
@@ -43,19 +50,37 @@ class OwnStart:
         return rows_at(logits_of(module.forward(**arguments)), opened, shift), NO_LOGITS
 
 
+@dataclass
+class Reference:
+    """The model that is asked, and how its logits are placed; the same for all requests."""
+
+    model: Any = None
+    shift: int | None = None
+
+
 class ReferenceStart:
     """A forward of another model, which follows the request with a cache of its own."""
 
-    def __init__(self) -> None:
-        self.model: Any = None
-        self.shift: int | None = None
+    def __init__(self, asked: Reference | None = None) -> None:
+        self.asked = asked if asked is not None else Reference()
         self._cache: Any = None
         self._rows = 0
 
+    @property
+    def model(self) -> Any:
+        """The reference; None: none was given."""
+        return self.asked.model
+
+    @property
+    def shift(self) -> int | None:
+        return self.asked.shift
+
+    def fork(self) -> ReferenceStart:
+        return ReferenceStart(self.asked)
+
     def __deepcopy__(self, memo: dict) -> ReferenceStart:
-        twin = ReferenceStart()
-        twin.model, twin.shift = self.model, self.shift  # a copy of the target asks the same reference
-        return twin
+        # A copy of the target asks the same reference.
+        return ReferenceStart(Reference(self.asked.model, self.asked.shift))
 
     def set_model(self, reference: torch.nn.Module, target: torch.nn.Module, mask_token: int) -> None:
         """Ask ``reference`` from now on.
@@ -72,7 +97,7 @@ class ReferenceStart:
         other = mask_token_of(reference)
         if other is not None and other != mask_token:
             raise WeightsMismatch(f"The reference's mask token is {other}; that of the model is {mask_token}.")
-        self.model, self._cache = reference, None
+        self.asked.model, self._cache = reference, None
 
     def follow(self, arguments: Mapping[str, Any], step: BlockStep) -> None:
         if self.model is not None and self._cache_at(arguments, step) is not None:

@@ -27,6 +27,16 @@ class ResidualStatistics:
         self.rows += len(weights)
         self._weights = self._weights + weights.detach().sum()
 
+    def merge(self, other: ResidualStatistics) -> None:
+        """Add what another request did."""
+        self.forwards.update(other.forwards)
+        self.blocks += other.blocks
+        self.steps += other.steps
+        self.rows += other.rows
+        self.dense_calls.update(other.dense_calls)
+        self.kernels.update(other.kernels)
+        self._weights = self._weights + other._weights
+
     @property
     def mean_weight(self) -> float | None:
         """Mean weight of the residual over all replaced rows; waits for the device."""
@@ -66,6 +76,15 @@ class SelfConditioningStatistics:
     rows: int = 0
     dense_calls: Counter[str] = field(default_factory=Counter)
     kernels: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def merge(self, other: SelfConditioningStatistics) -> None:
+        """Add what another request did."""
+        self.forwards += other.forwards
+        self.first_steps += other.first_steps
+        self.calls += other.calls
+        self.rows += other.rows
+        self.dense_calls.update(other.dense_calls)
+        self.kernels.update(other.kernels)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_accel.base import Method
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
@@ -28,7 +28,7 @@ class KVCacheMethod(Method):
     def why_not(cls, model: Model) -> str | None:
         return seam.why_not(model.module)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         return seam.install(model, self, ledger, report)
 
 
@@ -83,5 +83,5 @@ class PrefixCacheMethod(KVCacheMethod):
     def why_not(cls, model: Model) -> str | None:
         return llada2.why_not(model.module)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         return llada2.install(model, self, ledger, report)

@@ -33,6 +33,7 @@ from hf_accel.hosts.patching.forward_override import override_forward
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
+from hf_accel.requests import PerRequest, Request
 from hf_accel.sites.kv_cache.statistics import KVCacheStatistics
 from hf_accel.sites.kv_cache.transformers import new_cache
 
@@ -75,15 +76,15 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-def install(model: Model, core: PrefixCacheCore, ledger: Ledger, report: MethodReport) -> PrefixCacheSeam:
+def install(model: Model, core: PrefixCacheCore, ledger: Ledger, report: MethodReport) -> PrefixCacheSeams:
     """Keep the K/V of finished blocks of ``model``, once ``core`` finds that this changes nothing."""
     module: Any = model.module
-    context = PrefixCacheSeam(core)
-    report.run = context.run
-    ledger.set(module, _ATTRIBUTE, context)
+    seams = PrefixCacheSeams(PrefixCacheSeam(core))
+    report.run = seams
+    ledger.set(module, _ATTRIBUTE, seams)
     override_forward(ledger, module, types.MethodType(_forward_of(module.__class__), module))
     report.patched.append(Patched(model.name, "", "forward against the K/V of finished blocks, once verified"))
-    return context
+    return seams
 
 
 # -- the caller ------------------------------------------------------------------------------------------------------
@@ -227,23 +228,19 @@ Forwards = Generator[dict[str, Any], Any, Any]
 
 
 class PrefixCacheSeam:
-    """State of a prefix cache on one model: verdicts stay, K/V live as long as the pipeline call they belong to."""
+    """State of one request with a prefix cache: K/V live as long as the pipeline call they belong to. Verdicts are of
+    the model, and stay."""
 
-    def __init__(self, core: PrefixCacheCore):
+    def __init__(self, core: PrefixCacheCore, verdicts: dict[tuple[Any, ...], Verdict] | None = None):
         self.core, self.run = core, KVCacheStatistics()
-        self._verdicts: dict[tuple[Any, ...], Verdict] = {}
+        self._verdicts: dict[tuple[Any, ...], Verdict] = {} if verdicts is None else verdicts
         self._frozen: Frozen | None = None
         self._request: weakref.ref[torch.Tensor] | None = None
         self._shown: tuple[torch.Tensor, tuple[Any, ...], Any] | None = None
         self._mask: tuple[torch.Tensor, tuple[Any, ...], torch.Tensor] | None = None
 
-    def __deepcopy__(self, memo: dict) -> PrefixCacheSeam:
-        import copy
-
-        twin = type(self)(copy.deepcopy(self.core, memo))
-        memo[id(self)] = twin
-        twin.run, twin._verdicts = copy.deepcopy(self.run, memo), copy.deepcopy(self._verdicts, memo)
-        return twin  # the request that runs is the original's
+    def fork(self, request: Request) -> PrefixCacheSeam:
+        return PrefixCacheSeam(self.core, self._verdicts)
 
     def steps(self, module: Any, arguments: dict[str, Any]) -> Forwards:
         """One call of the patched forward, as the forwards of the model that it takes."""
@@ -371,6 +368,9 @@ class PrefixCacheSeam:
         return self._mask[2]
 
 
+PrefixCacheSeams = PerRequest[PrefixCacheSeam]
+
+
 def _hidden_tokens(window: Window) -> tuple[Any, ...] | str:
     """Whether the prefix has hidden tokens, and which of the active block are, in the row that shows most of it: a row
     with a hidden half would not tell a model whose blocks are half as long. A text if no row shows both sides of the
@@ -410,7 +410,7 @@ class _Done:
 
 
 def _begin(module: Any, args: tuple, kwargs: dict[str, Any]) -> Forwards:
-    return module.__dict__[_ATTRIBUTE].steps(module, arguments_of(module, args, kwargs))
+    return module.__dict__[_ATTRIBUTE].now().steps(module, arguments_of(module, args, kwargs))
 
 
 def _advance(forwards: Forwards, out: Any = None, error: BaseException | None = None) -> dict[str, Any] | _Done:

@@ -19,6 +19,7 @@ from hf_accel.hosts.patching.eager import run_eagerly
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
+from hf_accel.requests import PerRequest, Request
 from hf_accel.sites.kv_cache import transformers as host
 from hf_accel.sites.kv_cache.statistics import CacheStatistics
 
@@ -38,7 +39,7 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-def install(model: Model, method: Any, ledger: Ledger, report: MethodReport) -> CacheSeam:
+def install(model: Model, method: Any, ledger: Ledger, report: MethodReport) -> CacheSeams:
     """Let ``method`` store what caches of ``model`` hold. It fills the slots whose functions it has: ``encode`` and
     ``decode``, or ``keep``, or both.
 
@@ -49,19 +50,23 @@ def install(model: Model, method: Any, ledger: Ledger, report: MethodReport) -> 
     if reason is not None:
         raise NotApplicable(f"{model.class_name}: {reason}.")
     seam = CacheSeam(method)
-    report.run = seam.run
-    ledger.pre_hook(model.module, CacheHook(seam))
+    seams = CacheSeams(seam)
+    report.run = seams
+    ledger.pre_hook(model.module, CacheHook(seams))
     slots = " and ".join(slot for slot, there in (("codec", seam.encodes), ("policy", seam.keeps)) if there)
     report.patched.append(Patched(model.name, "", f"{slots} of the K/V cache"))
-    return seam
+    return seams
 
 
 class CacheSeam:
-    """What a method does to the caches of one model."""
+    """What a method does to the caches of one request on one model. What is kept is in the caches."""
 
     def __init__(self, method: Any):
         self.method, self.run = method, CacheStatistics()
         self.encodes, self.keeps = hasattr(method, "encode"), hasattr(method, "keep")
+
+    def fork(self, request: Request) -> CacheSeam:
+        return CacheSeam(self.method)
 
     def take(self, cache: Any, arguments: dict[str, Any]) -> None:
         """One forward begins with this cache."""
@@ -84,11 +89,14 @@ class CacheSeam:
         host.fill_slots(cache, self.method if self.encodes else None, self.method if self.keeps else None)
 
 
+CacheSeams = PerRequest[CacheSeam]
+
+
 class CacheHook:
     """Forward pre-hook of the language model: hands its cache to the seam, and makes one where the model would."""
 
-    def __init__(self, seam: CacheSeam):
-        self.seam = seam
+    def __init__(self, seams: CacheSeams):
+        self.seams = seams
 
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
@@ -100,5 +108,8 @@ class CacheHook:
         if cache is None:
             cache = host.fresh_cache(module.config)
             given["past_key_values"] = cache
-        run_eagerly(self.seam.take, cache, given)
+        run_eagerly(self._take, cache, given)
         return (), given
+
+    def _take(self, cache: Any, given: dict[str, Any]) -> None:
+        self.seams.now().take(cache, given)

@@ -22,6 +22,18 @@ class KVCacheStatistics:
     rows_native: int = 0  # that the unpatched model would have computed
     kept_bytes: int = 0
 
+    def merge(self, other: KVCacheStatistics) -> None:
+        """Add what another request did."""
+        self.forwards += other.forwards
+        self.generations += other.generations
+        self.cached_forwards += other.cached_forwards
+        self.verified += other.verified
+        self.prefills.update(other.prefills)
+        self.dense_calls.update(other.dense_calls)
+        self.rows_computed += other.rows_computed
+        self.rows_native += other.rows_native
+        self.kept_bytes = max(self.kept_bytes, other.kept_bytes)
+
     @property
     def row_share(self) -> float | None:
         """Rows computed as a share of what the unpatched model computes; None before the first forward."""
@@ -73,6 +85,18 @@ class CacheStatistics:
     def follow(self, cache: Any) -> None:
         """Bytes are told of this cache from now on."""
         self._last = weakref.ref(cache)
+
+    def merge(self, other: CacheStatistics) -> None:
+        """Add what another request did. Bytes are told of the other's last cache, if that is there."""
+        self.forwards += other.forwards
+        self.caches += other.caches
+        self.plain_layers.update(other.plain_layers)
+        self.dense_calls.update(other.dense_calls)
+        if other._last is not None and other._last() is not None:
+            self._last = other._last
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     def __deepcopy__(self, memo: dict) -> CacheStatistics:
         return CacheStatistics(self.forwards, self.caches, Counter(self.plain_layers), Counter(self.dense_calls))

@@ -10,7 +10,7 @@ import torch
 
 from hf_accel.base import Method
 from hf_accel.errors import NothingPatched
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched, Skipped
@@ -35,7 +35,18 @@ class LinearMethod(Method):
     @abstractmethod
     def replacement(self, site: LinearSite) -> torch.nn.Module:
         """The module that takes the place of a linear: called with ``[..., in_features]``, it gives
-        ``[..., out_features]``. ``site`` has its weight ``[out_features, in_features]``, bias, name and role."""
+        ``[..., out_features]``, and has both numbers as attributes.
+
+        Args:
+            site: has the linear's ``weight`` (``[out_features, in_features]``, the layer's own memory: not to be
+                written to or kept), ``bias`` (``[out_features]`` or None), ``in_features``, ``out_features``, ``name``
+                and ``role``.
+
+        Returns:
+            torch.nn.Module: on any device, without hooks; it is moved to the device of the linear. What it computes
+            with are buffers, which no optimizer finds; what is trained are adapters. One with other sizes, or without
+            these attributes, is refused (:class:`~hf_accel.errors.WeightsMismatch`).
+        """
 
     @classmethod
     def why_not_linear(cls, site: LinearSite) -> str | None:
@@ -60,7 +71,7 @@ class LinearMethod(Method):
         told = "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
         return f"a {what} without linears that could be {cls.verb}{f' ({told})' if told else ''}"
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         sites = self.sites(model, report)
         handle = self.replace_all(model, sites, ledger, report)
         report.patched += [Patched(model.name, site.name, self.kind_in_words(site)) for site in sites]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,13 +12,13 @@ from hf_accel.attention.gate import resolve_share
 from hf_accel.base import Method
 from hf_accel.config import Config as Settings
 from hf_accel.config import setting
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.prefix_attention import install as block_attention
 from hf_accel.sites.prefix_attention.call import PrefixCall
-from hf_accel.sites.prefix_attention.install import PrefixSeam
+from hf_accel.sites.prefix_attention.install import PrefixSeams
 from hf_accel.sites.prefix_attention.split import split_attention
 
 
@@ -47,40 +46,43 @@ class PrefixAttentionMethod(Method):
     def attend(self, call: PrefixCall, state: Any) -> torch.Tensor:
         """Compute one call of a denoising step: ``[B, Hq, b, D]`` like ``call.query``.
 
-        ``state`` is what :meth:`new_state` made for this layer in this block.
+        ``state`` is what :meth:`new_state` made for this layer in this block; ``call.request_state`` is what
+        :meth:`new_request_state` made.
         """
 
     def new_state(self) -> Any:
         """State of one layer for one block."""
         return None
 
-    def begin_block(self) -> None:
-        """Another block begins, or another request."""
+    def new_request_state(self) -> Any:
+        """State of all layers for one request, over its blocks. ``call.generation`` and ``call.block`` say where it
+        stands."""
+        return None
 
     @classmethod
     def why_not(cls, model: Model) -> str | None:
         return block_attention.why_not(model.module)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> PrefixSeam:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> PrefixSeams:
         return block_attention.install(model, PrefixRunner(self), ledger, report)
 
 
 class PrefixRunner:
-    """Runs a method inside the seam: gates, and state per layer and block."""
+    """Runs a method inside the seam: gates, and state per layer and block of one request."""
 
     def __init__(self, method: PrefixAttentionMethod):
-        self.method = method
+        self.method = method  # shared by all requests, and not written to
         self.traceable = method.traceable
         self._states: dict[int, Any] = {}
+        self._of_request: Any = None
 
-    def __deepcopy__(self, memo: dict) -> PrefixRunner:
-        twin = PrefixRunner(copy.deepcopy(self.method, memo))
-        memo[id(self)] = twin
-        return twin  # the block that runs is the original's
+    def fork(self) -> PrefixRunner:
+        twin = PrefixRunner(self.method)
+        twin._of_request = self.method.new_request_state()
+        return twin
 
     def reset(self) -> None:
         self._states = {}
-        self.method.begin_block()
 
     def attend(self, call: PrefixCall) -> torch.Tensor:
         if self.traceable:
@@ -90,7 +92,7 @@ class PrefixRunner:
             call.notes["density"] = 1.0
             call.notes["exact"] = reason
             return split_attention(call, getattr(self.method.config, "backend", "auto"))
-        layer = call.layer.index
+        layer, call.request_state = call.layer.index, self._of_request
         if layer not in self._states:
             self._states[layer] = self.method.new_state()
         return self.method.attend(call, self._states[layer])

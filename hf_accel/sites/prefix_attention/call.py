@@ -29,7 +29,9 @@ class PrefixCall:
         most_changed: the largest number of changed tokens of a row.
         dense: runs what the host would have run; returns ``[B, Hq, b, D]``.
         sliding: the layer's cache holds no more than a sliding window of the prefix.
-        generation: number of the request; what is kept of a prefix is void in the next one.
+        generation: number of the text; what is kept of a prefix is void in the next one.
+        block: number of the block in it.
+        request_state: what the method's ``new_request_state`` made.
         notes: where the call writes what happened: ``density`` (share of the prefix keys read, float or 0-d tensor),
             ``active`` (share of the block's rows computed anew), ``pages`` (read per KV head), ``exact`` (why all of
             the prefix was attended to), ``kernels``, ``fallback``.
@@ -50,6 +52,8 @@ class PrefixCall:
     dense: Callable[[], torch.Tensor]
     sliding: bool = False
     generation: int = 0
+    block: int = 0
+    request_state: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property

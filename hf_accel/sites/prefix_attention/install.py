@@ -37,8 +37,15 @@ from hf_accel.report import MethodReport, Patched
 from hf_accel.sites.prefix_attention import gemma as block_gemma
 from hf_accel.sites.prefix_attention import sdar as block_sdar
 from hf_accel.sites.prefix_attention.masks import split_mask
-from hf_accel.sites.prefix_attention.seam import SEAT, PrefixCore, PrefixSeam, SeamEndHook, SeamHook, Seat
-from hf_accel.sites.prefix_attention.statistics import PrefixAttentionStatistics
+from hf_accel.sites.prefix_attention.seam import (
+    SEAT,
+    PrefixCore,
+    PrefixSeam,
+    PrefixSeams,
+    SeamEndHook,
+    SeamHook,
+    Seat,
+)
 
 __all__ = ["PrefixCore", "PrefixSeam", "install", "split_mask", "why_not"]
 
@@ -71,7 +78,7 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-def install(model: Model, core: PrefixCore, ledger: Ledger, report: MethodReport) -> PrefixSeam:
+def install(model: Model, core: PrefixCore, ledger: Ledger, report: MethodReport) -> PrefixSeams:
     """Route the attention of denoising steps through ``core``.
 
     Raises:
@@ -84,10 +91,9 @@ def install(model: Model, core: PrefixCore, ledger: Ledger, report: MethodReport
     gemma = family_of(module) is DIFFUSION_GEMMA
     family = DIFFUSION_GEMMA if gemma else SDAR
     found: list[tuple[str, Any]] = block_gemma.decoder_attentions(module) if gemma else sdar_attentions(module)
-    run = PrefixAttentionStatistics()
-    report.run = run
     context = BlockClock(family, mask_token_of(module), tokens=not core.traceable)
-    seam = PrefixSeam(context, core, [name for name, _ in found], run)
+    seams = PrefixSeams(PrefixSeam(context, core, [name for name, _ in found]))
+    report.run = seams
     if gemma:
         implementation: str = module.config._attn_implementation
         register = functools.partial(block_gemma.register, implementation)
@@ -95,7 +101,7 @@ def install(model: Model, core: PrefixCore, ledger: Ledger, report: MethodReport
     make = block_gemma.forward_without_cache if gemma else block_sdar.split_forward
     forwards = {cls: make(cls) for cls in {type(attention) for _, attention in found}}
     for index, (name, attention) in enumerate(found):
-        ledger.set(attention, SEAT, Seat(seam, index))
+        ledger.set(attention, SEAT, Seat(seams, index))
         if gemma:
             config = copy.copy(attention.config)  # the encoder, which shares it, keeps its own attention
             config._attn_implementation_internal = block_gemma.PREFIX + implementation
@@ -104,5 +110,5 @@ def install(model: Model, core: PrefixCore, ledger: Ledger, report: MethodReport
         report.patched.append(Patched(model.name, name, f"attention of denoising steps ({family.name})"))
     if core.traceable and not gemma:
         report.notes.append(block_sdar.COMPILED)
-    follow(module, context, ledger, functools.partial(SeamHook, seam), SeamEndHook(seam))
-    return seam
+    follow(module, context, ledger, functools.partial(SeamHook, seams), SeamEndHook(seams))
+    return seams

@@ -87,7 +87,8 @@ def visible_pages(valid: torch.Tensor, page_size: int) -> torch.Tensor:
 
 
 class PagedPrefix:
-    """Attention of a few rows of a block to the pages of the prefix that they need; bounds are kept per layer.
+    """Attention of a few rows of a block to the pages of the prefix that they need; bounds are kept per layer, for one
+    request.
 
     Bounds outlive a block, since a commit only adds keys. They are void in another request and, as a whole, where the
     prefix did not grow from one block to the next. A copy keeps none.
@@ -100,7 +101,7 @@ class PagedPrefix:
 
     def __init__(self, budget: int, page_size: int, backend: str = "auto"):
         self.budget, self.page_size, self.backend = budget, page_size, backend
-        self._generation: int | None = None
+        self._block: tuple[int, int] | None = None  # generation and number
         self._bounds: dict[int, PageBounds] = {}
         self._current: set[int] = set()  # layers whose bounds are those of this block
 
@@ -108,10 +109,6 @@ class PagedPrefix:
         twin = type(self)(self.budget, self.page_size, self.backend)
         memo[id(self)] = twin
         return twin  # the request that runs is the original's
-
-    def begin_block(self) -> None:
-        """The prefix may have grown."""
-        self._current = set()
 
     def attend(self, call: PrefixCall, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of ``query`` ``[B, Hq, A, D]`` to the union of the pages that its rows and the query heads of a
@@ -148,8 +145,10 @@ class PagedPrefix:
     def bounds(self, call: PrefixCall) -> PageBounds:
         """The bounds of this layer's prefix, brought up to date at the first call of a block."""
         layer, key = call.layer.index, call.prefix_key
-        if call.generation != self._generation:
-            self._generation, self._bounds, self._current = call.generation, {}, set()
+        if self._block is None or self._block[0] != call.generation:
+            self._bounds = {}
+        if self._block != (call.generation, call.block):  # the prefix may have grown
+            self._block, self._current = (call.generation, call.block), set()
         kept = self._bounds.get(layer)
         if kept is None or not _alike(kept.kmin, key):
             kept = self._bounds[layer] = PageBounds.empty(key, self.page_size)

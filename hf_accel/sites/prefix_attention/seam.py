@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import torch
 
 from hf_accel.attention.call import Layer
-from hf_accel.hosts.block_families import Reader
-from hf_accel.hosts.clocks.block_steps import BlockClock, BlockEndHook, BlockHook
+from hf_accel.hosts.block_families import Reader, arguments_of
+from hf_accel.hosts.clocks.block_steps import BlockClock
 from hf_accel.hosts.patching.eager import run_eagerly
 from hf_accel.kernels.common import kernel_log
+from hf_accel.requests import PerRequest, Request
 from hf_accel.sites.prefix_attention.call import PrefixCall
 from hf_accel.sites.prefix_attention.masks import MaskMemo, SplitMask
 from hf_accel.sites.prefix_attention.statistics import PrefixAttentionStatistics
@@ -39,29 +40,30 @@ class PrefixCore(Protocol):
     def reset(self) -> None:
         """Another block begins: drop all state of the last one."""
 
+    def fork(self) -> PrefixCore:
+        """One more of the kind, for another request."""
+
 
 class PrefixSeam:
-    """State of the seam on one model.
+    """State of one request at the seam of one model.
 
     Args:
         context: the block clock.
         core: what computes.
         names: dotted names of the patched attentions, in execution order.
-        run: where calls are counted.
     """
 
-    def __init__(self, context: BlockClock, core: PrefixCore, names: list[str], run: PrefixAttentionStatistics):
-        self.context, self.core, self.run = context, core, run
+    def __init__(self, context: BlockClock, core: PrefixCore, names: list[str]):
+        self.context, self.core, self.run = context, core, PrefixAttentionStatistics()
         self.layers = [Layer(name, index, len(names)) for index, name in enumerate(names)]
         self.timed = False
         self.masks = MaskMemo()
         self._block: tuple[int, int] | None = None
 
-    def __deepcopy__(self, memo: dict) -> PrefixSeam:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        twin._block = None  # its clock begins anew
+    def fork(self, request: Request) -> PrefixSeam:
+        twin = copy.copy(self)
+        twin.context, twin.core = self.context.fork(), self.core.fork()
+        twin.run, twin.masks = PrefixAttentionStatistics(), MaskMemo()
         return twin
 
     def attend(self, call: PrefixCall) -> torch.Tensor:
@@ -119,44 +121,46 @@ class PrefixSeam:
             dense=dense,
             sliding=sliding,
             generation=step.generation if step is not None else 0,
+            block=step.block if step is not None else 0,
         )
 
 
-class SeamHook(BlockHook):
-    """Tells the context of every forward, and the statistics which phase it is.
+PrefixSeams = PerRequest[PrefixSeam]
+
+
+class SeamHook:
+    """Forward pre-hook of a watched module: tells the request's clock of every forward, and the statistics which phase
+    it is.
 
     A model whose core is traceable is compiled into one graph, without Python that follows the blocks; others break
     the graph here.
     """
 
-    def __init__(self, seam: PrefixSeam, read: Reader):
-        super().__init__(seam.context, read)
-        self.seam = seam
+    def __init__(self, seams: PrefixSeams, read: Reader):
+        self.seams, self.read = seams, read
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not (torch.compiler.is_compiling() and self.seam.core.traceable):
+        if not (torch.compiler.is_compiling() and self.seams.shared.core.traceable):
             run_eagerly(self._tell, module, args, kwargs)
 
     def _tell(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.seam.masks.begin_forward()
-        super().__call__(module, args, kwargs)
-        if self.context.step is not None:
-            self.seam.run.begin(self.context.step)
+        seam = self.seams.now()
+        seam.masks.begin_forward()
+        seam.run.begin(seam.context.begin(arguments_of(module, args, kwargs), self.read))
 
 
-class SeamEndHook(BlockEndHook):
-    """As :class:`SeamHook`, at the end of a forward."""
+class SeamEndHook:
+    """As :class:`SeamHook`, at the end of a forward; called after exceptions too."""
 
-    def __init__(self, seam: PrefixSeam):
-        super().__init__(seam.context)
-        self.seam = seam
+    def __init__(self, seams: PrefixSeams):
+        self.seams = seams
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not (torch.compiler.is_compiling() and self.seam.core.traceable):
-            run_eagerly(self._tell, module, args, kwargs, output)
+        if not (torch.compiler.is_compiling() and self.seams.shared.core.traceable):
+            run_eagerly(self._tell, output)
 
-    def _tell(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        super().__call__(module, args, kwargs, output)
+    def _tell(self, output: Any) -> None:
+        self.seams.now().context.end(raised=output is None)
 
 
 @dataclass
@@ -169,10 +173,12 @@ class Seat:
         returns: number of values that its own forward returns.
     """
 
-    seam: PrefixSeam
+    seams: PrefixSeams
     index: int
     agrees: dict[str, bool] = field(default_factory=dict)
     returns: int = 2
 
-
-# -- masks ---------------------------------------------------------------------------------------------------------
+    @property
+    def seam(self) -> PrefixSeam:
+        """That of the request that runs; in a graph, which any may run, that of none."""
+        return self.seams.shared if torch.compiler.is_compiling() else self.seams.now()

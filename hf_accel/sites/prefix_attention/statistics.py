@@ -32,6 +32,19 @@ class PrefixAttentionStatistics:
             self.blocks += 1
         self.generations = max(self.generations, step.generation + 1)
 
+    def merge(self, other: PrefixAttentionStatistics) -> None:
+        """Add what another request did."""
+        self.generations += other.generations
+        self.blocks += other.blocks
+        self.calls += other.calls
+        self.first_calls += other.first_calls
+        for name in ("forwards", "exact_calls", "dense_calls", "_counts"):
+            getattr(self, name).update(getattr(other, name))
+        self.kernels.update(other.kernels)
+        self.stopwatch.merge(other.stopwatch)
+        for name, value in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
     def record(self, layer: int, step: int, notes: dict[str, Any]) -> None:
         """Take over the notes of one attention call: ``density``, ``active`` and ``pages`` as floats or 0-d tensors."""
         self.kernels.update(notes.get("kernels", {}))

@@ -15,7 +15,7 @@ import torch
 
 from hf_accel.attention.call import Step
 from hf_accel.base import Method
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
@@ -36,11 +36,13 @@ class StepCacheMethod(Method):
     reads_timestep: bool = False
 
     @abstractmethod
-    def why_full(self, step: Step, kept: Step) -> str | None:
-        """Why ``step`` is computed in full though the state of step ``kept`` is there; None if that is reused."""
+    def why_full(self, step: Step, kept: Step, state: Any) -> str | None:
+        """Why ``step`` is computed in full though the hidden state of step ``kept`` is there; None if that is reused.
+        ``state`` is what :meth:`new_state` made for this generation."""
 
-    def begin(self, step: Step) -> None:
-        """A generation begins at ``step``. May raise if it cannot be scheduled."""
+    def new_state(self, step: Step) -> Any:
+        """State of one generation, which begins at ``step``. May raise if it cannot be scheduled."""
+        return None
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Refuse a forward with these arguments, by raising."""
@@ -49,7 +51,7 @@ class StepCacheMethod(Method):
     def why_not(cls, model: Model) -> str | None:
         return seam.why_not(model.module)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         return seam.install(model, self, ledger, report, clock)
 
 
@@ -66,19 +68,21 @@ class OutputCacheMethod(Method):
     reads_timestep: bool = False
 
     @abstractmethod
-    def why_run(self, step: Step, kept: Sequence[Output]) -> str | None:
-        """Why ``step`` runs though outputs of its branch are ``kept``, newest last; None if its output is forecast."""
+    def why_run(self, step: Step, kept: Sequence[Output], state: Any) -> str | None:
+        """Why ``step`` runs though outputs of its branch are ``kept``, newest last; None if its output is forecast.
+        ``state`` is what :meth:`new_state` made for this generation."""
 
-    def forecast(self, step: Step, kept: Sequence[Output]) -> torch.Tensor:
+    def forecast(self, step: Step, kept: Sequence[Output], state: Any) -> torch.Tensor:
         """The output of a forward that is not run, of the shape and dtype of those kept. Here: the newest again."""
         return kept[-1].value
 
-    def begin(self, step: Step) -> None:
-        """A generation begins at ``step``. May raise if it cannot be scheduled."""
+    def new_state(self, step: Step) -> Any:
+        """State of one generation, which begins at ``step``. May raise if it cannot be scheduled."""
+        return None
 
     @classmethod
     def why_not(cls, model: Model) -> str | None:
         return output.why_not(model.module)
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         return output.install(model, self, ledger, report, clock)

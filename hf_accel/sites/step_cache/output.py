@@ -12,20 +12,22 @@ import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from hf_accel.attention.call import Step
 from hf_accel.hosts.clocks.call_end import CallEnd
-from hf_accel.hosts.clocks.steps import Clock, read_timestep
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.denoisers import describe
 from hf_accel.hosts.networks import host_of
 from hf_accel.hosts.patching.forward_override import below, override_forward, replaced_forward
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
+from hf_accel.requests import PerRequest
 from hf_accel.sites.step_cache.statistics import StepCacheStatistics
+from hf_accel.sites.step_cache.steps import FollowsSteps, StepSeam
 
 _ATTRIBUTE = "_hf_accel_output_cache"
 
@@ -38,24 +40,19 @@ class Output:
     value: torch.Tensor
 
 
-class OutputCore(Protocol):
+class OutputCore(FollowsSteps):
     """What is put into the slot.
 
     Attributes:
         history: how many outputs of a branch are kept.
-        reads_timestep: the decision needs the noise level, which waits for the device.
     """
 
     history: int
-    reads_timestep: bool
 
-    def begin(self, step: Step) -> None:
-        """A generation begins at ``step``. May raise if it cannot be scheduled."""
-
-    def why_run(self, step: Step, kept: Sequence[Output]) -> str | None:
+    def why_run(self, step: Step, kept: Sequence[Output], state: Any) -> str | None:
         """Why ``step`` runs though outputs are kept, newest last; None if its output is forecast."""
 
-    def forecast(self, step: Step, kept: Sequence[Output]) -> torch.Tensor:
+    def forecast(self, step: Step, kept: Sequence[Output], state: Any) -> torch.Tensor:
         """The output of a forward that is not run, of the shape and dtype of those kept."""
 
 
@@ -76,53 +73,40 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-def install(model: Model, core: OutputCore, ledger: Ledger, report: MethodReport, clock: Clock) -> OutputSeam:
+def install(model: Model, core: OutputCore, ledger: Ledger, report: MethodReport, clock: Clocks) -> OutputSeams:
     """Let ``core`` decide which forwards of ``model`` run."""
     module: Any = model.module
-    seam = OutputSeam(core, clock, StepCacheStatistics())
-    report.run = seam.run
-    ledger.set(module, _ATTRIBUTE, seam)
+    seams = OutputSeams(OutputSeam(core, clock, StepCacheStatistics()))
+    report.run = seams
+    ledger.set(module, _ATTRIBUTE, seams)
     override_forward(ledger, module, types.MethodType(_forward_of(module.__class__), module), level=1)
-    ledger.hold(CallEnd(module, seam))
+    ledger.hold(CallEnd(module, seams))
     report.patched.append(Patched(model.name, "", "output forecast at steps that are not run"))
-    return seam
+    return seams
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward that runs now, for the books; ``forecast`` is its output if it is not run."""
+    """One forward that runs now, for the books; ``forecast`` is the tensor in its output if it is not run."""
 
     step: Step | None = None
     shape: tuple[Any, ...] = ()
     reason: str = ""
-    forecast: Any = None
+    forecast: torch.Tensor | None = None
 
 
-class OutputSeam:
-    """State of the output slot on one model."""
+class OutputSeam(StepSeam):
+    """State of one request at the output slot of one model."""
 
-    def __init__(self, core: OutputCore, clock: Clock, run: StepCacheStatistics):
-        self.core, self.clock, self.run = core, clock, run
+    core: OutputCore
+
+    def __init__(self, core: OutputCore, clocks: Clocks, run: StepCacheStatistics):
+        super().__init__(core, clocks, run)
         self._kept: dict[str, list[Output]] = {}
         self._shapes: dict[str, tuple[Any, ...]] = {}
         self._rebuild: Callable[[torch.Tensor], Any] | None = None
-        self._generation = -1
 
-    def __deepcopy__(self, memo: dict) -> OutputSeam:
-        import copy
-
-        twin = OutputSeam(
-            copy.deepcopy(self.core, memo), copy.deepcopy(self.clock, memo), copy.deepcopy(self.run, memo)
-        )
-        memo[id(self)] = twin
-        return twin  # what is kept is of the original's generation
-
-    def finish(self) -> None:
-        """The pipeline call ended (or raised): nothing of it is kept."""
-        self.clock.finish()
-        self._drop()
-
-    def _drop(self) -> None:
+    def drop(self) -> None:
         self._kept, self._shapes = {}, {}
 
     def begin(self, module: torch.nn.Module, arguments: Mapping[str, Any]) -> Forward:
@@ -133,7 +117,7 @@ class OutputSeam:
             self.run.forwards += 1
             self.run.dense_calls["gradients are needed"] += 1
             return Forward()
-        step = self._tick(arguments["timestep"], latents, arguments.get("encoder_hidden_states"))
+        step = self.enter(arguments["timestep"], latents, arguments.get("encoder_hidden_states"))
         tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
         flags = tuple(sorted((name, v) for name, v in arguments.items() if isinstance(v, bool | str)))
         shape = tuple((name, tuple(value.shape)) for name, value in sorted(tensors.items())), flags
@@ -142,11 +126,11 @@ class OutputSeam:
             return Forward(step, shape, "first step" if step.index == 0 else "nothing is kept yet")
         if self._shapes[step.branch] != shape or self._rebuild is None:
             return Forward(step, shape, "other arguments than the kept step")
-        reason = self.core.why_run(step, kept)
+        reason = self.core.why_run(step, kept, self.state)
         if reason is not None:
             return Forward(step, shape, reason)
         self.run.record(step.index, None, shape, self._bytes())
-        return Forward(step, shape, forecast=self._rebuild(self.core.forecast(step, kept)))
+        return Forward(step, shape, forecast=self.core.forecast(step, kept, self.state))
 
     def end(self, forward: Forward, output: Any) -> None:
         """A forward ran: keep its output, write down why it ran."""
@@ -164,23 +148,15 @@ class OutputSeam:
         kept.append(Output(step, value.detach().clone()))  # schedulers and guidance may write into it
         del kept[: -max(self.core.history, 1)]
 
+    def output_of(self, forecast: torch.Tensor) -> Any:
+        """A forecast in the form that this network's output has."""
+        return forecast if self._rebuild is None else self._rebuild(forecast)
+
     def _bytes(self) -> int:
         return sum(output.value.nbytes for kept in self._kept.values() for output in kept)
 
-    def _tick(self, timestep: Any, latents: torch.Tensor, prompt: torch.Tensor | None) -> Step:
-        position = self.clock.position_of(timestep)
-        level = read_timestep(timestep) if position is None or self.core.reads_timestep else None
-        step = self.clock.tick(level, tuple(latents.shape), prompt, position)
-        if step.generation != self._generation:
-            self._drop()
-            try:
-                self.core.begin(step)
-            except BaseException:
-                self.clock.finish()
-                raise
-            self._generation = step.generation
-            self.run.generations += 1
-        return step
+
+OutputSeams = PerRequest[OutputSeam]
 
 
 def _parts(output: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]] | None:
@@ -196,26 +172,33 @@ def _parts(output: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]] | 
     return None
 
 
+def _copied(forecast: torch.Tensor) -> torch.Tensor:
+    """Whoever gets an output may write into it, and what is kept is forecast from again.
+
+    This is a function that ``torch.compile`` may trace: with ``fullgraph=True`` it refuses a call that ran no graph.
+    """
+    return forecast.clone()
+
+
 @functools.cache
 def _forward_of(cls: Any) -> Callable:
     """The override of ``cls.forward``. Keeps the signature, which pipelines inspect."""
     native = cls.forward
     names = [name for name in inspect.signature(native).parameters if name != "self"]
-    begin, end, finish = (
-        torch._dynamo.disable(decide, reason="hf_accel chooses whether a step runs")
-        for decide in (OutputSeam.begin, OutputSeam.end, OutputSeam.finish)
-    )
+    decide = functools.partial(torch._dynamo.disable, reason="hf_accel chooses whether a step runs")
+    now_of, inside, output_of = decide(PerRequest.now), decide(below), decide(OutputSeam.output_of)
+    begin, end, finish = decide(OutputSeam.begin), decide(OutputSeam.end), decide(OutputSeam.finish)
 
     @functools.wraps(native)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inner = below(self, override)
+        inner = inside(self, override)
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         if "timestep" not in arguments or (not args and names[0] not in arguments) or len(args) > len(names):
             return inner(*args, **kwargs)  # raises what the host raises
-        seam = self.__dict__[_ATTRIBUTE]
+        seam = now_of(self.__dict__[_ATTRIBUTE])
         now = begin(seam, self, arguments)
         if now.forecast is not None:
-            return now.forecast
+            return output_of(seam, _copied(now.forecast))
         try:
             out = inner(*args, **kwargs)
         except BaseException:

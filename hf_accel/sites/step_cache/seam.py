@@ -12,46 +12,45 @@ changed, and while gradients flow.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from hf_accel.attention.call import Step
 from hf_accel.hosts.clocks.call_end import CallEnd
-from hf_accel.hosts.clocks.steps import Clock, read_timestep
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.layer_counting import counter_of
 from hf_accel.hosts.patching.forward_override import override_forward, replaced_forward
 from hf_accel.hosts.target import Model, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
+from hf_accel.requests import PerRequest, Request
 from hf_accel.sites.step_cache import unet_views
 from hf_accel.sites.step_cache.statistics import StepCacheStatistics
+from hf_accel.sites.step_cache.steps import FollowsSteps, StepSeam
 from hf_accel.sites.step_cache.unet_macs import ForwardShape, MacShares
 from hf_accel.sites.step_cache.unet_views import UNetViews
 
 _ATTRIBUTE = "_hf_accel_step_cache"
 
 
-class StepCacheCore(Protocol):
+class StepCacheCore(FollowsSteps):
     """What is put into the site: decides which steps may begin from a kept state.
 
     Attributes:
         branch: the skip connection from which on everything shallower is computed anew; see ``unet_views.py``.
-        reads_timestep: the decision needs the noise level, not only the index of the step.
     """
 
     branch: int
-    reads_timestep: bool
 
-    def begin(self, step: Step) -> None:
-        """A generation begins at ``step``. May raise if it cannot be scheduled."""
-
-    def why_full(self, step: Step, kept: Step) -> str | None:
+    def why_full(self, step: Step, kept: Step, state: Any) -> str | None:
         """Why ``step`` must be computed in full though a state of step ``kept`` is there; None if it may be reused."""
 
     def check(self, arguments: Mapping[str, Any]) -> None:
@@ -80,24 +79,23 @@ def why_not(module: torch.nn.Module) -> str | None:
     return words
 
 
-def install(model: Model, core: StepCacheCore, ledger: Ledger, report: MethodReport, clock: Clock) -> StepCacheSeam:
+def install(model: Model, core: StepCacheCore, ledger: Ledger, report: MethodReport, clock: Clocks) -> StepCacheSeams:
     """Let ``core`` decide how much of ``model`` runs at every step.
 
     Raises:
         Conflict: its forward is replaced by something that cannot be worked with, or a block that must be cut is.
     """
     module: Any = model.module
-    run = StepCacheStatistics()
-    context = StepCacheSeam(core, clock, run)
-    context.views_of(module)  # what cannot be cut is refused now
-    run.macs = MacShares(module, core.branch)
-    report.run = run
-    ledger.set(module, _ATTRIBUTE, context)
+    seams = StepCacheSeams(StepCacheSeam(core, clock, StepCacheStatistics(macs=MacShares(module, core.branch))))
+    seams.shared.views_of(module)  # what cannot be cut is refused now
+    seams.shared.finish()
+    report.run = seams
+    ledger.set(module, _ATTRIBUTE, seams)
     override_forward(ledger, module, types.MethodType(_forward_of(module.__class__), module))
-    ledger.hold(CallEnd(module, context))
+    ledger.hold(CallEnd(module, seams))
     deepest = unet_views.deepest_branch(module)
     report.patched.append(Patched(model.name, "", f"U-Net cut at branch {core.branch} of 0..{deepest}"))
-    return context
+    return seams
 
 
 def _foreign_forward(module: Any) -> str | None:
@@ -124,30 +122,41 @@ class Forward:
     reason: str | None = None  # why it is full
 
 
-class StepCacheSeam:
-    """State of the step-cache site on one U-Net."""
+class StepCacheSeam(StepSeam):
+    """State of one request at the step-cache site of one U-Net."""
 
-    def __init__(self, core: StepCacheCore, clock: Clock, run: StepCacheStatistics):
-        self.core, self.clock, self.run = core, clock, run
+    core: StepCacheCore
+
+    def __init__(self, core: StepCacheCore, clocks: Clocks, run: StepCacheStatistics):
+        super().__init__(core, clocks, run)
         self._kept: dict[str, Kept] = {}
         self._views: UNetViews | None = None
-        self._seam_layers: tuple[int, list[int]] | None = None  # of the seam with that key
-        self._generation = -1
+        # Views that no request uses now: compiled code belongs to them, so that they are handed on.
+        self._spare: list[UNetViews] = []
+        self._seam_layers: tuple[int, list[int]] | None = None  # of the seam with that list of layers
 
-    def __deepcopy__(self, memo: dict) -> StepCacheSeam:
-        import copy
-
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        left_out = ("_views", "_seam_layers", "_kept")  # views are shells around the original's modules
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in left_out})
-        twin._views, twin._seam_layers, twin._kept = None, None, {}
+    def fork(self, request: Request) -> StepCacheSeam:
+        twin: Any = super().fork(request)
+        twin._spare = self._spare
         return twin
 
+    def __deepcopy__(self, memo: dict) -> StepCacheSeam:
+        # Views are shells around the original's modules.
+        twin = type(self)(*(copy.deepcopy(part, memo) for part in (self.core, self.clocks, self.run)))
+        memo[id(self)] = twin
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": None, "_spare": [], "_seam_layers": None, "_kept": {}}
+
+    def drop(self) -> None:
+        self._kept = {}
+
     def finish(self) -> None:
-        """The pipeline call ended (or raised): nothing of it is kept."""
-        self.clock.finish()
-        self._drop()
+        super().finish()
+        if self._views is not None:
+            self._spare.append(self._views)
+            self._views = None
 
     @property
     def kept_bytes(self) -> int:
@@ -156,10 +165,20 @@ class StepCacheSeam:
 
     def views_of(self, unet: torch.nn.Module) -> UNetViews:
         """The views for the method's branch, made anew (and what is kept dropped) if the model was changed."""
-        if self._views is None or self._views.stale(unet):
-            self._drop()
-            self._views, self._seam_layers = UNetViews(unet, self.core.branch), None
+        if self._views is not None and self._views.stale(unet):
+            self.drop()
+            self._views = None
+        if self._views is None:
+            self._views, self._seam_layers = self._spare_views(unet) or UNetViews(unet, self.core.branch), None
         return self._views
+
+    def _spare_views(self, unet: torch.nn.Module) -> UNetViews | None:
+        with contextlib.suppress(IndexError):  # another request may take the last
+            while True:
+                views = self._spare.pop()
+                if not views.stale(unet):
+                    return views
+        return None
 
     def begin(self, unet: torch.nn.Module, arguments: dict[str, Any]) -> Forward:
         """One forward of the U-Net begins: decide whether it is full or partial."""
@@ -169,7 +188,7 @@ class StepCacheSeam:
             self.run.forwards += 1
             self.run.dense_calls["gradients are needed"] += 1
             return Forward(unet, arguments)
-        step = self._tick(arguments["timestep"], sample, prompt)
+        step = self.enter(arguments["timestep"], sample, prompt)
         views = self.views_of(unet)
         shape = ForwardShape.of(arguments)
         kept = self._kept.get(step.branch)
@@ -206,42 +225,27 @@ class StepCacheSeam:
             forward.views.splice.inner = forward.views.tap.inner = None
         self.finish()
 
-    def _tick(self, timestep: Any, sample: torch.Tensor, prompt: torch.Tensor | None) -> Step:
-        position = self.clock.position_of(timestep)
-        level = read_timestep(timestep) if position is None or self.core.reads_timestep else None
-        step = self.clock.tick(level, tuple(sample.shape), prompt, position)
-        if step.generation != self._generation:
-            self._drop()
-            try:
-                self.core.begin(step)
-            except BaseException:
-                self.clock.finish()
-                raise
-            self._generation = step.generation
-            self.run.generations += 1
-        return step
-
     def _why_full(self, step: Step, shape: ForwardShape, kept: Kept | None) -> str | None:
         if kept is None:
             return "first step" if step.index == 0 else "nothing is kept yet"
         if kept.shape != shape:
             return "other arguments than the kept step"
-        return self.core.why_full(step, kept.step)
+        return self.core.why_full(step, kept.step, self.state)
 
     def _tell_seam(self, unet: torch.nn.Module, views: UNetViews) -> None:
         """An attention method on the same U-Net counts layers: say which of them a partial forward runs."""
         seam = counter_of(unet)
         if seam is None:
             return
-        if self._seam_layers is None or self._seam_layers[0] != seam.key:
+        if self._seam_layers is None or self._seam_layers[0] != id(seam.layers):
             running = {id(module) for module in views.partial.modules()}
             names = enumerate(layer.name for layer in seam.layers)
             layers = [index for index, name in names if id(unet.get_submodule(name)) in running]
-            self._seam_layers = seam.key, layers
+            self._seam_layers = id(seam.layers), layers
         seam.expect(self._seam_layers[1])
 
-    def _drop(self) -> None:
-        self._kept = {}
+
+StepCacheSeams = PerRequest[StepCacheSeam]
 
 
 @functools.cache
@@ -251,9 +255,9 @@ def _forward_of(cls: Any) -> Callable:
     names = [name for name in inspect.signature(native).parameters if name != "self"]
 
     # Which of the two graphs runs is decided at every call, outside of any graph; what is compiled is ``native``.
-    begin, end, abandon = (
+    now_of, begin, end, abandon = (
         torch._dynamo.disable(decide, reason="hf_accel chooses a full or a partial graph")
-        for decide in (StepCacheSeam.begin, StepCacheSeam.end, StepCacheSeam.abandon)
+        for decide in (PerRequest.now, StepCacheSeam.begin, StepCacheSeam.end, StepCacheSeam.abandon)
     )
 
     @functools.wraps(native)
@@ -262,7 +266,7 @@ def _forward_of(cls: Any) -> Callable:
         missing = [name for name in ("sample", "timestep") if name not in arguments]
         if missing or len(args) > len(names):
             return native(self, *args, **kwargs)  # raises what the host raises
-        context = self.__dict__[_ATTRIBUTE]
+        context = now_of(self.__dict__[_ATTRIBUTE])
         now = begin(context, self, arguments)
         try:
             out = native(now.network, **now.arguments)

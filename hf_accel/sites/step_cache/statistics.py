@@ -42,6 +42,17 @@ class StepCacheStatistics:
         if step not in self.schedule:
             self.schedule.append(step)
 
+    def merge(self, other: StepCacheStatistics) -> None:
+        """Add what another request did. The schedule is that of the other's last generation, if it had any."""
+        self.forwards += other.forwards
+        self.generations += other.generations
+        self.partial_steps += other.partial_steps
+        self.full_steps.update(other.full_steps)
+        self.dense_calls.update(other.dense_calls)
+        self.kept_bytes = max(self.kept_bytes, other.kept_bytes)
+        self.schedule = list(other.schedule) or self.schedule
+        self._shapes.update(other._shapes)
+
     @property
     def mac_share(self) -> float | None:
         """MACs of the forwards so far as a share of those of as many full ones; None before the first, or unknown."""

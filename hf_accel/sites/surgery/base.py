@@ -10,7 +10,7 @@ import torch
 
 from hf_accel.base import Method
 from hf_accel.errors import HFAccelError, NotApplicable
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
@@ -37,7 +37,7 @@ class Surgery(Method):
             torch.nn.Module: another object, which ``save_pretrained`` writes if the old one has that.
         """
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         """A surgery stands on no model.
 
         Raises:

@@ -10,7 +10,7 @@ import torch
 
 from hf_accel.base import Method
 from hf_accel.errors import HFAccelError
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model, is_transformers_trainer
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
@@ -147,7 +147,7 @@ class Recipe(Method):
             return f"a {model.class_name} is no training"
         return _host(model.trainer).why_not(model.trainer, cls.hooks())
 
-    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clock) -> Any:
+    def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> Any:
         """Put every overridden function on the training.
 
         Raises:

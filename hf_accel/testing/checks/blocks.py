@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import hf_accel
 from hf_accel.testing.case import Case, Checks, fails_at_the_end
 from hf_accel.testing.checks.forwards import run_of
+from hf_accel.testing.checks.turns import in_threads
 from hf_accel.testing.compare import difference, expect_equal, expect_same_objects, fingerprint, keys_aside
 from hf_accel.testing.models.block_diffusion import BOTH, FAMILIES, ONE, OTHER, generate
 from hf_accel.testing.outcome import BrokenPromise, expect
@@ -57,6 +59,22 @@ def full_budget_is_dense(case: Case) -> None:
     expect(json.loads(json.dumps(told)) == told, "The report's run does not survive JSON.")
     reasons = {why for why in told.get("dense_calls", {}) if "first block" not in why}
     expect(not reasons, f"At full budget calls ran dense: {sorted(reasons)}.")
+
+
+@CHECKS.promise()
+def requests_in_threads_do_not_meet(case: Case) -> None:
+    """Two texts written at once, forward by forward in turns: each as if it were alone."""
+    model = case.build(0)
+
+    def run(rows: slice) -> Logits:
+        return generate(model, case.family, rows)
+
+    with hf_accel.apply(model, case.method, **case.settings):
+        run(ONE)  # what is found out once about the model is known to both
+        alone = [run(ONE), run(OTHER)]
+        together = in_threads(model, [functools.partial(run, ONE), functools.partial(run, OTHER)])
+        for ours, theirs in zip(together, alone, strict=True):
+            expect_same(case, ours, theirs, "Two texts at once beside one after the other")
 
 
 @CHECKS.promise()

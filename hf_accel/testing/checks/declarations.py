@@ -8,6 +8,7 @@ import torch
 
 import hf_accel
 from hf_accel.errors import NotApplicable
+from hf_accel.hosts.target import Model
 from hf_accel.testing.case import Case, Checks
 from hf_accel.testing.outcome import Skipped, expect, expect_refusal
 
@@ -37,7 +38,10 @@ def wrong_models_are_refused_in_words(case: Case) -> None:
         raise Skipped("a recipe stands on a training, not on a model")
     encoder = UMT5EncoderModel(UMT5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=16))
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=2)
-    for model, word in ((encoder, "text encoder"), (vae, "autoencoder"), (torch.nn.Linear(2, 2), "module")):
+    wrong = [(encoder, "text encoder"), (vae, "autoencoder"), (torch.nn.Linear(2, 2), "module")]
+    if case.facts.at("linear") and case.cls.why_not(Model("model", encoder)) is None:
+        del wrong[0]  # a text encoder has linears like any other
+    for model, word in wrong:
         with expect_refusal(NotApplicable, word):
             hf_accel.apply(model, case.method)
     for thing in (None, "a path", {"transformer": 1}):

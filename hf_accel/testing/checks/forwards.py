@@ -6,9 +6,10 @@ A generation is a few forwards with falling timesteps, without a scheduler: the 
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 import hf_accel
 from hf_accel.sites.step_cache.statistics import StepCacheStatistics
 from hf_accel.testing.case import Case, Checks, fails_at_the_end
+from hf_accel.testing.checks.turns import by_turns, in_tasks, in_threads
 from hf_accel.testing.compare import (
     close,
     expect_close,
@@ -102,6 +104,60 @@ def revert_restores_identity_and_bits(case: Case) -> None:
     applied.revert()  # a second call does nothing
     expect_same_objects(fingerprint(model), before, "After revert()")
     expect_equal(denoise(model, case.family), dense, "After revert()")
+
+
+@CHECKS.promise(on=("wan", "hunyuan-video", "cogvideox", "mochi", "flux", "unet"))
+@torch.no_grad()
+def an_item_does_not_depend_on_its_batch(case: Case) -> None:
+    if not case.facts.batched:
+        raise Skipped(f"{case.method} declares that it does not do batches")
+    model, inputs = case.build(0), tiny.TINY[case.family].inputs
+    single, both = inputs(model), inputs(model, batch=2)
+    of_batch = [n for n, x in both.items() if isinstance(x, torch.Tensor) and x.shape != single[n].shape]
+    items = [both | {name: both[name][i : i + 1] for name in of_batch} for i in (0, 1)]
+
+    def run(given: dict[str, Any]) -> list[torch.Tensor]:
+        levels = [given | {"timestep": torch.full_like(given["timestep"], t)} for t in TIMESTEPS]
+        return [model(**one, return_dict=False)[0] for one in levels]
+
+    with hf_accel.apply(model, case.method, **case.settings):
+        together = run(both)
+    for index, item in enumerate(items):
+        with hf_accel.apply(model, case.method, **case.settings):
+            expect_close(run(item), [x[index : index + 1] for x in together], f"Item {index} beside the batch of two")
+
+
+@CHECKS.promise()
+def requests_in_turns_do_not_meet(case: Case) -> None:
+    """Threads, asyncio tasks and requests of one loop: each as if it were alone, counted together and apart."""
+    model = case.build(0)
+    levels = (TIMESTEPS, (850.0, *TIMESTEPS[1:]))  # their steps are not the same either
+
+    def steps(seed: int) -> list[Callable[[], torch.Tensor]]:
+        return [functools.partial(tiny.run, model, case.family, timestep=t, seed=seed) for t in levels[seed]]
+
+    def run(seed: int) -> list[torch.Tensor]:
+        return denoise(model, case.family, levels[seed], seed)
+
+    with hf_accel.apply(model, case.method, **case.settings) as applied, torch.no_grad():
+        alone = [run(0), run(1)]
+        before = run_of(applied).forwards
+        one, other = hf_accel.request(model), hf_accel.request(model, name="other")
+        found = {
+            "in threads": in_threads(model, [functools.partial(run, seed) for seed in (0, 1)]),
+            "in asyncio tasks": in_tasks([steps(0), steps(1)]),
+            "in requests by turns": by_turns([one, other], [steps(0), steps(1)]),
+        }
+        for how, outputs in found.items():
+            for ours, theirs in zip(outputs, alone, strict=True):
+                expect_equal(ours, theirs, f"Two requests {how}, beside one after the other")
+        together = run_of(applied).forwards - before
+        forwards = len(found) * sum(map(len, levels))
+        expect(
+            together == forwards, f"The report counts {together} forwards of several requests; there were {forwards}."
+        )
+        ((told,),) = (run.values() for run in applied.stats(other).values())
+        expect(told["forwards"] == len(levels[1]), f"Of one request the report counts {told['forwards']} forwards.")
 
 
 @CHECKS.promise()

@@ -7,6 +7,7 @@ those about identity, copies, gradients and neighbours have.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ CHECKS = Checks()
 # Families that the slower promises are asked of: a DiT with one stream, one with two, a U-Net, a language model.
 FEW = ("wan", "flux", "unet", "llama")
 FP32 = {"timestep", "img_ids", "txt_ids"}  # arguments that stay in fp32 when a model is in half precision
+HALF_ERROR = 0.02  # relative, of an output in half precision, when weights were rounded otherwise
 
 
 def run(model: torch.nn.Module, family: str, seed: int = 0, batch: int = 1) -> torch.Tensor:
@@ -41,25 +43,36 @@ def expect_near(case: Case, ours: torch.Tensor, theirs: torch.Tensor, what: str,
     expect(near(case, ours, theirs, slack), f"{what}: a relative error of {error:.3g}; declared is {limit:.3g}.")
 
 
-def packed(model: torch.nn.Module) -> list[PackedLinear]:
-    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+def new_modules(model: torch.nn.Module, stood: Collection[torch.nn.Module]) -> list[torch.nn.Module]:
+    """What stands in a place of a model where one of the modules ``stood`` before; not what is inside of it."""
+    known = set(map(id, stood))
+    pairs = ((parent, child) for parent in model.modules() if id(parent) in known for child in parent.children())
+    return list({id(child): child for _, child in pairs if id(child) not in known}.values())
+
+
+def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The floating-point parameters and buffers of a module."""
+    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
 
 
 @CHECKS.promise()
 @torch.no_grad()
 def full_budget_is_as_close_as_declared_and_undone_exactly(case: Case) -> None:
     model = case.build(0)
+    stood = [*model.modules()]
     before, dense = fingerprint(model), run(model, case.family)
     two = run(model, case.family, batch=2)
     applied = hf_accel.apply(model, case.method, **case.full_budget)
     expect(fingerprint(model) != before, "apply() changed nothing on the model.")
     ours = run(model, case.family)
-    expect(not torch.equal(ours, dense), "The output is that of the unpatched model to the bit: nothing was changed.")
+    same = not case.facts.exact and torch.equal(ours, dense)
+    expect(not same, "The output is that of the unpatched model to the bit: nothing was changed.")
     expect_near(case, ours, dense, "Full budget beside the unpatched model")
     expect_near(case, run(model, case.family, batch=2), two, "Two items at full budget")
     expect_equal([run(model, case.family)], [ours], "The same forward twice")
     told = len(applied.report().entries[0].patched)
-    expect(len(packed(model)) == told > 0, f"{len(packed(model))} linears are packed; the report names {told}.")
+    new = len(new_modules(model, stood))
+    expect(new == told > 0, f"{new} linears were replaced; the report names {told}.")
     applied.revert()
     applied.revert()  # a second call does nothing
     expect_same_objects(fingerprint(model), before, "After revert()")
@@ -87,7 +100,8 @@ def applying_again_begins_from_the_full_weights(case: Case) -> None:
     with hf_accel.apply(model, case.method, **case.full_budget):
         once = run(model, case.family)
     first = hf_accel.apply(model, case.method, **case.small_budget)
-    expect(not near(case, run(model, case.family), once), "A small budget is as good as the full one.")
+    small = case.facts.exact or not near(case, run(model, case.family), once)
+    expect(small, "A small budget is as good as the full one.")
     second = hf_accel.apply(model, case.method, **case.full_budget)
     expect_equal([run(model, case.family)], [once], "Full budget after a small one, beside it alone")
     expect(not first.active, "What was replaced still calls itself active.")
@@ -116,12 +130,15 @@ def a_failing_replacement_leaves_what_stood(case: Case) -> None:
 def deepcopy_has_a_life_of_its_own(case: Case) -> None:
     model = case.build(0)
     before, dense = fingerprint(model), run(model, case.family)
+    places = {id(module): name for name, module in model.named_modules()}
     applied = hf_accel.apply(model, case.method, **case.full_budget)
     ours = run(model, case.family)
     twin = copy.deepcopy(model)
-    for module in packed(twin):
-        module.scales.zero_()
-    expect(not torch.equal(run(twin, case.family), ours), "A copy with zeroed scales computes with the original's.")
+    for name, module in model.named_modules():
+        if name and id(module) not in places:
+            for tensor in tensors_of(twin.get_submodule(name)):
+                tensor.zero_()
+    expect(not torch.equal(run(twin, case.family), ours), "A copy with zeroed tensors computes with the original's.")
     expect_equal([run(model, case.family)], [ours], "The original, when its copy was changed")
     hf_accel.revert(twin)
     expect_equal([run(twin, case.family)], [dense], "The copy after its revert()")
@@ -145,9 +162,11 @@ def half_precision(case: Case, dtype: torch.dtype) -> None:
 
     dense = low()
     with hf_accel.apply(model, case.method, **case.full_budget) as applied:
-        expect_near(case, low(), dense, f"In {dtype} at full budget", slack=1.5)
-        dtypes = {module.scales.dtype for module in packed(model)}
-        expect(dtypes == {dtype}, f"Scales are in {sorted(map(str, dtypes))}; the model is in {dtype}.")
+        # However close to the dense weights, their own rounding in half precision is between the two.
+        slack = max(1.5, HALF_ERROR / case.facts.full_budget_error)
+        expect_near(case, low(), dense, f"In {dtype} at full budget", slack)
+        dtypes = {module.scales.dtype for module in model.modules() if isinstance(module, PackedLinear)}
+        expect(dtypes <= {dtype}, f"Scales are in {sorted(map(str, dtypes))}; the model is in {dtype}.")
     expect(not applied.active, "What was reverted still calls itself active.")
     expect_equal([low()], [dense], "After revert()")
 
@@ -156,6 +175,7 @@ def half_precision(case: Case, dtype: torch.dtype) -> None:
 def gradients_pass_through_to_what_is_still_dense(case: Case) -> None:
     model = case.build(0)
     norms = [p for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name][:4]
+    stood = [*model.modules()]
 
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
@@ -166,9 +186,9 @@ def gradients_pass_through_to_what_is_still_dense(case: Case) -> None:
     expect(dense, "No norm of the unpatched model gets a gradient.")
     with hf_accel.apply(model, case.method, **case.full_budget):
         ours = gradients()
-        learning = [module for module in packed(model) if list(module.parameters())]
+        learning = [module for module in new_modules(model, stood) if list(module.parameters())]
     expect(case.facts.backward, "Facts say that no gradients flow through it.")
-    expect(not learning, f"{len(learning)} packed linears have parameters.")
+    expect(not learning, f"{len(learning)} replaced linears have parameters.")
     expect(len(ours) == len(dense), f"{len(ours)} norms get a gradient; {len(dense)} do in the unpatched model.")
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, dense, strict=True)]
     expect(max(errors) < 0.1, f"Relative errors of the norms' gradients are {errors}; expected below 0.1.")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
 
 import hf_accel
 from hf_accel.testing.case import Case, Checks, fails_at_the_end
+from hf_accel.testing.checks.turns import in_threads
 from hf_accel.testing.compare import expect_equal, expect_same_objects, fingerprint, keys_aside
 from hf_accel.testing.outcome import Skipped, expect
 
@@ -53,6 +55,21 @@ def full_budget_writes_the_same_text(case: Case, mode: str) -> None:
     if not sampled_otherwise:
         expect_equal([ours], [plain], f"Text at full budget, {mode}")
     expect(run is not None, "The report tells nothing of what the method did.")
+
+
+@CHECKS.promise()
+def requests_in_threads_do_not_meet(case: Case) -> None:
+    """Two texts written at once, forward by forward in turns: each as if it were alone."""
+    model = case.build(0)
+    runs = [functools.partial(write, model, seed=seed) for seed in (0, 1)]
+    with hf_accel.apply(model, case.method, **case.settings) as applied:
+        alone = [run() for run in runs]
+        before = applied.report().entries[0].run.to_dict()
+        expect_equal(in_threads(model, runs), alone, "Two texts at once beside one after the other")
+        after = applied.report().entries[0].run.to_dict()
+    counted = [name for name in ("forwards", "rounds", "generations") if name in before]
+    for name in counted:
+        expect(after[name] == 2 * before[name], f"Twice the work is {after[name]} {name}, after {before[name]}.")
 
 
 @CHECKS.promise()

@@ -64,7 +64,7 @@ class Finetuner(TrainingLoop):
         self.forward = forward if forward is not None else forward_for(self.model)
         accelerator = accelerator_for(self.model)
         self._teacher = None if self.config.lora_rank is not None else self._frozen_copy()
-        shared = isinstance(installation.handle, AttentionSeam)
+        shared = isinstance(getattr(installation.handle, "shared", None), AttentionSeam)
         if self.config.lora_rank is not None:
             if not shared and self.config.loss == "distill":
                 self._teacher = self._frozen_copy()

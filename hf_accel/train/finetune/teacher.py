@@ -28,6 +28,9 @@ class _HostAttention:
     def reset(self) -> None:
         self._core.reset()  # a new generation is one for the method too
 
+    def fork(self) -> AttentionCore:
+        return self._core.fork()
+
 
 @contextlib.contextmanager
 def teacher(model: torch.nn.Module, adapter: str = ADAPTER) -> Iterator[None]:

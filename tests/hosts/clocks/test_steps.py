@@ -135,8 +135,10 @@ def test_timesteps_of_every_form(value):
 
 
 def place(timesteps, timestep):
+    """Where a timestep stands in the schedule of a pipeline; None: nowhere there."""
     pipeline = Scheduled(timesteps)
-    return Clock(weakref.ref(pipeline)).position_of(timestep)
+    found = Clock(weakref.ref(pipeline)).place_of(timestep)
+    return found.index if found is not None and found.schedule is timesteps else None
 
 
 def test_views_of_the_schedule_have_a_place():
@@ -192,15 +194,15 @@ def test_copies_and_several_entries_have_no_place():
 
 def test_without_a_schedule_nothing_has_a_place():
     timestep = torch.tensor([900])[0]
-    assert Clock().position_of(timestep) is None
+    assert Clock().place_of(timestep) is None
     for timesteps in (None, [900], torch.tensor(900), torch.empty(0), torch.ones(2, 2)):
         assert place(timesteps, timestep) is None
     pipeline = Scheduled(torch.tensor([900]))
     clock = Clock(weakref.ref(pipeline))
     timestep = pipeline.scheduler.timesteps[0]
-    assert clock.position_of(timestep) == 0
+    assert clock.place_of(timestep).index == 0
     del pipeline
-    assert clock.position_of(timestep) is None
+    assert clock.place_of(timestep) is None
 
 
 def go_through(clock, scheduler, steps, branches=1):
@@ -208,7 +210,7 @@ def go_through(clock, scheduler, steps, branches=1):
     seen = []
     for timestep in scheduler.timesteps:
         for _ in range(branches):
-            step = clock.tick(None, SHAPE, None, clock.position_of(timestep))
+            step = clock.tick(None, SHAPE, None, clock.place_of(timestep))
             seen.append((step.index, step.branch, step.generation, step.count))
     return seen
 
@@ -233,9 +235,9 @@ def test_a_schedule_set_anew_begins_a_generation_whatever_the_timestep():
     pipeline = Scheduled(scheduler=scheduler)
     clock = Clock(weakref.ref(pipeline))
     scheduler.set_timesteps(4)
-    first = clock.tick(None, SHAPE, None, clock.position_of(scheduler.timesteps[0]))
+    first = clock.tick(None, SHAPE, None, clock.place_of(scheduler.timesteps[0]))
     scheduler.set_timesteps(4)
-    again = clock.tick(None, SHAPE, None, clock.position_of(scheduler.timesteps[1]))
+    again = clock.tick(None, SHAPE, None, clock.place_of(scheduler.timesteps[1]))
     assert (first.generation, again.generation, again.index) == (0, 1, 0)
     assert again.branch == "call0"
 
@@ -246,10 +248,10 @@ def test_a_run_that_begins_inside_of_the_schedule_counts_from_there():
     pipeline = Scheduled(scheduler=scheduler)
     clock = Clock(weakref.ref(pipeline))
     scheduler.set_timesteps(6)
-    positions = [clock.position_of(timestep) for timestep in scheduler.timesteps[3:]]
-    assert positions == [3, 4, 5]
-    assert [clock.tick(None, SHAPE, None, p).index for p in positions] == [0, 1, 2]
-    earlier = clock.tick(None, SHAPE, None, 2)
+    places = [clock.place_of(timestep) for timestep in scheduler.timesteps[3:]]
+    assert [place.index for place in places] == [3, 4, 5]
+    assert [clock.tick(None, SHAPE, None, p).index for p in places] == [0, 1, 2]
+    earlier = clock.tick(None, SHAPE, None, clock.place_of(scheduler.timesteps[2]))
     assert (earlier.generation, earlier.index) == (1, 0)
 
 
@@ -257,4 +259,4 @@ def test_a_skipped_entry_is_a_skipped_step():
     schedule = torch.tensor([900, 600, 300])
     pipeline = Scheduled(schedule)
     clock = Clock(weakref.ref(pipeline))
-    assert [clock.tick(None, SHAPE, None, clock.position_of(schedule[i])).index for i in (0, 2)] == [0, 2]
+    assert [clock.tick(None, SHAPE, None, clock.place_of(schedule[i])).index for i in (0, 2)] == [0, 2]

@@ -19,7 +19,7 @@ from transformers import (
 import hf_accel
 from hf_accel.attention.call import AttentionCall
 from hf_accel.errors import NotApplicable
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
@@ -54,6 +54,9 @@ class Recorder:
     def reset(self):
         pass
 
+    def fork(self):
+        return self
+
     def attend(self, call):
         self.calls.append(call)
         groups = call.query.shape[1] // call.key.shape[1]
@@ -71,7 +74,7 @@ class Recorder:
 
 def record(model):
     core, ledger, report = Recorder(), Ledger(), MethodReport("test", {}, "model", type(model).__name__)
-    language.install(Model("model", model), core, ledger, report, Clock())
+    language.install(Model("model", model), core, ledger, report, clocks())
     return core, ledger, report
 
 

@@ -11,12 +11,13 @@ from hf_accel.attention.call import AttentionCall
 from hf_accel.config import Config
 from hf_accel.errors import RevertRefused
 from hf_accel.facts import Facts
-from hf_accel.hosts.clocks.steps import Clock
+from hf_accel.hosts.clocks.steps import clocks
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import diffusers as attention_host
 from hf_accel.sites.attention.base import AttentionMethod, AttentionRunner
+from hf_accel.sites.attention.seam import context_of
 from hf_accel.testing.models import tiny
 
 
@@ -40,7 +41,7 @@ def put(model, clock=None):
     """Install a recording method on a bare model, below the public API."""
     method, ledger = Recording(), Ledger()
     report = MethodReport("recording", {}, "model", type(model).__name__)
-    attention_host.install(Model("model", model), AttentionRunner(method), ledger, report, clock or Clock())
+    attention_host.install(Model("model", model), AttentionRunner(method), ledger, report, clock or clocks())
     return method, ledger, report
 
 
@@ -224,8 +225,8 @@ def test_dropout_in_attention_runs_dense_and_is_counted():
     with torch.no_grad(), hf_accel.apply(model, "svg2", dense_steps=0, dense_layers=0, kmeans_iter_init=2) as applied:
         tiny.run(model, "cogvideox")
         sparse = run_of(applied).sparse_calls
-        context = attention_host.context_of(model)
-        context.begin((1, 3, 4, 8, 8), 500.0, (3, 4, 4), None)
+        context = context_of(model)
+        context.begin(torch.zeros(1, 3, 4, 8, 8), 500.0, (3, 4, 4), None)
         context.enter_layer(0)
         q = torch.randn(1, 2, 54, 16)
         attention_host._sdpa_attention(q, q, q, dropout_p=0.5)

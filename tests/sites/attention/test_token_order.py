@@ -10,7 +10,7 @@ import torch
 import hf_accel
 from hf_accel.ledger import Ledger
 from hf_accel.sites.attention import token_order
-from hf_accel.sites.attention.seam import context_of
+from hf_accel.sites.attention.seam import context_of, seams_of
 from hf_accel.sites.attention.token_order import move_patches
 from hf_accel.testing.models import tiny
 
@@ -35,7 +35,7 @@ def hoisted(model):
     """A model with dense attention and shuffled tokens: ``(applied, ledger, state, owner)``."""
     applied = hf_accel.apply(model, "dense")
     ledger, owner = Ledger(), Shuffled()
-    return applied, ledger, token_order.hoist(model, context_of(model), owner.order_of, ledger), owner
+    return applied, ledger, token_order.hoist(model, seams_of(model), owner.order_of, ledger), owner
 
 
 @pytest.fixture(params=MOVED)
@@ -151,7 +151,7 @@ def test_a_function_around_the_model_compiles_to_one_graph(family):
     assert close([run(given) for given in inputs], plain)
     assert counter.frame_count == 1
     assert owner.asked == 1
-    assert state.context.order is not None
+    assert state.seams.now().order is not None
     torch._dynamo.reset()
 
 
@@ -195,8 +195,8 @@ def test_an_exception_leaves_no_order_behind():
     inputs = tiny.TINY["wan"].inputs(model)
     with pytest.raises(RuntimeError), torch.no_grad():
         model(**inputs | {"encoder_hidden_states": torch.zeros(1, 2, 1)})
-    assert state.order is None
-    assert state.inverse is None
+    assert state.moved.order is None
+    assert state.moved.inverse is None
 
 
 @pytest.mark.parametrize("frames_at", [1, 2])

@@ -31,7 +31,7 @@ def test_each_level_has_a_grid_of_its_own():
     model = tiny.build("unet")
     grids = set()
     with hf_accel.apply(model, "sparge", block_q=64, block_k=64) as applied, torch.no_grad():
-        core = applied._installed[0][1].handle.core
+        core = applied._installed[0][1].handle.now().core
         inner = core.attend
         core.attend = lambda call: grids.add((call.grid.height, call.grid.width, call.query.shape[2])) or inner(call)
         tiny.run(model, "unet", size=(1, 9, 11))

@@ -450,6 +450,9 @@ class Diary:
     def reset(self):
         self.pages.append("reset")
 
+    def fork(self):
+        return self
+
 
 class Stateful(PrefixAttentionMethod):
     """A method whose state tells for which calls it was used."""
@@ -466,7 +469,8 @@ class Stateful(PrefixAttentionMethod):
 
 
 def installed(model, core):
-    return block_attention.install(Model("model", model), core, Ledger(), MethodReport("test", {}, "model", "class"))
+    report = MethodReport("test", {}, "model", "class")
+    return block_attention.install(Model("model", model), core, Ledger(), report).now()
 
 
 def test_a_core_is_reset_at_every_block_and_request():

@@ -36,14 +36,14 @@ class Every(OutputCacheMethod):
     Config = EveryConfig
     history = 2
 
-    def why_run(self, step, kept):
+    def why_run(self, step, kept, state):
         if self.config.line and len(kept) < 2:
             return "two points make a line"
         return None if step.index % self.config.interval else "every n-th step"
 
-    def forecast(self, step, kept):
+    def forecast(self, step, kept, state):
         if not self.config.line:
-            return super().forecast(step, kept)
+            return super().forecast(step, kept, state)
         before, last = kept
         ahead = (step.index - last.step.index) / (last.step.index - before.step.index)
         return last.value + ahead * (last.value - before.value)
@@ -201,6 +201,32 @@ def test_compiled():
     ours = denoise(model, "wan")
     for got, step in zip(ours, (0, 0, 2, 2, 4), strict=True):
         assert torch.allclose(got, dense[step], atol=1e-5)
+
+
+@torch.no_grad()
+def test_writing_into_an_output_leaves_what_is_kept():
+    """Guidance and schedulers work in place."""
+    model = tiny.build("wan")
+    dense = tiny.run(model, "wan", timestep=900.0)
+    hf_accel.apply(model, "toy-every", interval=3)
+    for timestep in SOME_TIMESTEPS[:3]:
+        output = tiny.run(model, "wan", timestep=timestep)
+        assert torch.equal(output, dense)
+        output.zero_()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "whole_model_compiles_to_one_graph",
+        "a_step_cache_compiles_to_two_graphs",
+        "inference_mode_leaves_nothing_for_other_modes",
+    ],
+)
+def test_the_kit_holds_it_to_its_promises(name):
+    from hf_accel.testing import promises
+
+    next(one for one in promises("toy-every", "wan") if one.name == name)()
 
 
 @pytest.mark.parametrize("family", ["llama"])

@@ -1,0 +1,1 @@
+"""Methods for hf_accel. The entry points in ``pyproject.toml`` name them; importing this package does nothing."""
