@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TRITON36 := .triton36
 OUT ?= demo-out
 
-.PHONY: demo check test test-all lint docs-pages bench clean
+.PHONY: demo check test test-all lint docs docs-pages bench clean
 
 $(STAMP): requirements.lock pyproject.toml zoo/pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11') if sys.version_info < (3, 11) else None"
@@ -29,6 +29,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, into site/. A broken link, a page outside of the navigation or a docstring that does not fit is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # While writing a method: its own tests, and what it promises on one model of each kind.
 M_TESTS = $(wildcard tests/patches/test_$(subst -,_,$(M)).py tests/patches/test_$(subst -,_,$(M))_*.py)
 check: $(STAMP)
@@ -39,7 +43,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest -n 2 tests/matrix/test_promises.py $(M_TESTS) --cells representative --method $(M)
 
 # Everything but the cells of the matrix that neither stand for a kind of model nor are touched by what changed.
-test: $(STAMP) $(TRITON36)/triton lint
+test: $(STAMP) $(TRITON36)/triton lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cells changed
 
 # Every cell of the matrix. Goes on where it stopped; outcomes are in tests/results/ and, from there, in the docs.
@@ -57,4 +61,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/run_all.py
 
 clean:
-	rm -rf $(VENV) $(TRITON36) .triton_cache $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRITON36) .triton_cache $(OUT) site .pytest_cache .mypy_cache .ruff_cache

@@ -69,7 +69,7 @@ class Applied:
 
         Raises:
             RevertRefused: somebody changed the same attribute later, or a training with a recipe is under way; nothing
-            was undone.
+                was undone.
         """
         undo(self._standing())
 
