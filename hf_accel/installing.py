@@ -62,8 +62,8 @@ def install(target: Target, plan: list[tuple[Model, Wanted]]) -> list[tuple[Mode
         for (_, old), changes in zip(replaced, undone, strict=True):
             old.ledger.redo(changes)
         for model, marks, before in standing:
-            marks[:] = before
-            _mark(model, marks)
+            model.carrier.__dict__[MARK] = marks  # the very list that was there
+            _mark(model, before)
         raise
     return done
 
@@ -99,7 +99,7 @@ def _mark(model: Model, marks: list[Installation]) -> None:
         own.pop(MARK, None)
         own.pop(REDUCE, None)
         return
-    own.setdefault(MARK, [])[:] = marks
+    own.setdefault(MARK, [])[:] = list(marks)
     if model.trainer is None and REDUCE not in own:
         own[REDUCE] = Reducer(model.module, _take_off, put_on_again)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,21 @@ class Reducer:
         take_off: Callable[[torch.nn.Module, list[Any]], None],
         put_on: Callable[[torch.nn.Module, list[PutOn]], torch.nn.Module],
     ):
-        self.model, self.take_off, self.put_on = model, take_off, put_on
+        self._model = weakref.ref(model)  # or a model that is dropped would wait for the collection of cycles
+        self.take_off, self.put_on = take_off, put_on
+
+    @property
+    def model(self) -> torch.nn.Module:
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this Reducer is gone")
+        return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reducer:
+        return Reducer(memo.get(id(self.model), self.model), self.take_off, self.put_on)
+
+    def __reduce__(self) -> Any:
+        return Reducer, (self.model, self.take_off, self.put_on)
 
     def __call__(self, protocol: Any) -> Any:
         asked_by = sys._getframe(1).f_globals.get("__name__")

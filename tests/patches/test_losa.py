@@ -384,6 +384,7 @@ def test_nothing_leaks_into_another_block(make, what):
             for call in calls:
                 runner.attend(call)
         void(what, scene)
+        scene.number += 1
         runner.reset()
         outputs.append([runner.attend(scene.call(index)) for index in range(3)])
     for ours, theirs in zip(*outputs, strict=True):
