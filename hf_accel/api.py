@@ -116,9 +116,9 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
     A failure leaves the model as it was. Applying a method that is already there replaces it.
     """
     found = resolve(target)
-    known = registry.methods()
     # With a single method its own words count: another's input may be a setting of this one.
-    takers = [known[method]] if isinstance(method, str) and method in known else list(known.values())
+    single = isinstance(method, str) and registry.has(method)
+    takers = [registry.get(str(method))] if single else list(registry.methods().values())
     inputs = {name for cls in takers for name in cls.inputs}
     given = {name: settings.pop(name) for name in list(settings) if name in inputs}
     wanted = hand_over(wanted_by(found, method, revision, settings), given)

@@ -12,6 +12,7 @@ everything else works.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 import sys
 import threading
@@ -77,12 +78,19 @@ def methods() -> dict[str, type[Method]]:
     return dict(sorted(_METHODS.copy().items()))
 
 
+def has(name: str) -> bool:
+    """Whether there is a method of that name. Of ours, imports that one alone."""
+    return _ours(name) or name in methods()
+
+
 def get(name: str) -> type[Method]:
-    """The method of that name.
+    """The method of that name. Of ours, imports that one alone: whoever puts one on a model need not wait for all.
 
     Raises:
         UnknownMethod: with the nearest names; of a plug-in that was left out, why.
     """
+    if _ours(name):
+        return _METHODS[name]
     known = methods()
     if name not in known:
         raise unknown(name)
@@ -93,6 +101,15 @@ def unknown(name: str, also_known: Iterable[str] = ()) -> UnknownMethod:
     """What to raise of a name that is no method, with the nearest names among methods and ``also_known``."""
     alike = (words for broken, words in _left_out.items() if _plainly(broken) == _plainly(name))
     return UnknownMethod(name, [*methods(), *also_known], next(alike, ""))
+
+
+def _ours(name: str) -> bool:
+    """Whether a method is registered already or has a file of ours, which is imported."""
+    if name not in _METHODS and name.isidentifier() | name.replace("-", "_").isidentifier():
+        module = f"hf_accel.patches.{name.replace('-', '_')}"
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
+    return name in _METHODS
 
 
 def _load() -> None:

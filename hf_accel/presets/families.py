@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,15 +26,27 @@ class Settings:
     """A method's settings for one variant.
 
     Attributes:
-        wanted: method and settings.
+        method: its name.
         status: ``"published"`` if a paper or its code gives them for this very model, ``"measured"`` if we chose them
             among others by figures in ``benchmarks/results``, else ``"untuned"``.
         reason: where they come from.
     """
 
-    wanted: Wanted
+    method: str
     status: Status
     reason: str
+    entries: Mapping[str, Node] = field(repr=False, compare=False)
+    origin: str = field(repr=False, compare=False)
+
+    @functools.cached_property
+    def wanted(self) -> Wanted:
+        """Method and settings, checked by its own Config when they are asked for: whoever puts one method on a model
+        need not import all that the family has settings for.
+
+        Raises:
+            PresetError, InvalidSetting, UnknownMethod: with file and key named.
+        """
+        return read_method(self.entries, self.origin)
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ def settings_for(model: Model, method: str) -> Wanted | None:
     """The settings of a method for this model, from the closest variant that has some; None if none has."""
     for variant in _matching(model):
         for settings in variant.methods:
-            if settings.wanted.method == method:
+            if settings.method == method:
                 return settings.wanted
     return None
 
@@ -172,7 +184,7 @@ def _read_variant(node: Node, family: str) -> Variant:
     entries = node.mapping(required=("name", "match", "methods"), optional=("meant_for",))
     name = entries["name"].name()
     methods = tuple(_read_settings(item, f"{node.file}: {name}") for item in entries["methods"].items())
-    names = [settings.wanted.method for settings in methods]
+    names = [settings.method for settings in methods]
     if len(set(names)) != len(names):
         raise PresetError(f"{node.file} at {entries['methods'].path!r}: a method stands there twice; keep one.")
     meant_for = _read_use(entries["meant_for"]) if "meant_for" in entries else {}
@@ -182,7 +194,7 @@ def _read_variant(node: Node, family: str) -> Variant:
 def _read_settings(node: Node, origin: str) -> Settings:
     entries = node.mapping(required=("method", "version", "status", "reason"), optional=("settings",))
     status = cast(Status, entries["status"].text(choices=STATUSES))
-    return Settings(read_method(entries, f"{origin} ({status})"), status, entries["reason"].text())
+    return Settings(entries["method"].text(), status, entries["reason"].text(), entries, f"{origin} ({status})")
 
 
 def _read_use(node: Node) -> dict[str, str | int | float]:

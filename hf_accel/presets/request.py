@@ -61,7 +61,7 @@ def _read(target: Target, item: Any, revision: str | None, settings: dict[str, A
         )
     if loading.is_reference(item):
         loaded = loading.load(item, revision)
-    elif item not in registry.methods() and item in families.shipped_presets():
+    elif not registry.has(item) and item in families.shipped_presets():
         loaded = families.shipped_presets()[item]
     else:
         if revision is not None:
@@ -89,10 +89,9 @@ def _check_is_method(name: str) -> None:
         UnknownMethod: it is none.
         Conflict: it is one of an outsider, and a shipped preset too.
     """
-    known = registry.methods()
-    if name not in known:
+    if not registry.has(name):
         raise registry.unknown(name, also_known=tuple(families.shipped_presets()))
-    where = known[name].__module__
+    where = registry.get(name).__module__
     # That none of ours has the name of a preset is tested, so that nobody waits for all presets to be read.
     if where.partition(".")[0] != "hf_accel" and name in families.shipped_presets():
         raise Conflict(

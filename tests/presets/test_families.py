@@ -473,7 +473,8 @@ def test_a_wrong_family_file_is_refused_with_file_and_key(
     old: str, new: str, kind: type[Exception], words: str
 ) -> None:
     with pytest.raises(kind) as caught:
-        families.parse(GOOD.replace(old, new, 1), "one.yaml")
+        for variant in families.parse(GOOD.replace(old, new, 1), "one.yaml"):
+            assert [settings.wanted for settings in variant.methods]  # settings are read when they are asked for
     assert str(caught.value).startswith("configs/one.yaml")
     assert words in str(caught.value)
 

@@ -25,7 +25,6 @@ from hf_accel.hosts.target import Model, is_a, kind
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
 from hf_accel.requests import Counters, PerRequest
-from hf_accel.sites.decoding.base import DecodingMethod, DecodingPart, GateMethod
 from hf_accel.sites.decoding.draft import Draft
 from hf_accel.sites.decoding.statistics import DecodingStatistics
 
@@ -51,9 +50,7 @@ def why_not(module: torch.nn.Module) -> str | None:
     return None
 
 
-def install(
-    model: Model, method: DecodingPart, roles: tuple[str, ...], ledger: Ledger, report: MethodReport
-) -> DecodingSeam:
+def install(model: Model, method: Any, roles: tuple[str, ...], ledger: Ledger, report: MethodReport) -> DecodingSeam:
     """Let ``method`` draft, or say when to, in every ``generate`` of this model."""
     part = Part(method, PerRequest(Counters(DecodingStatistics())), roles)
     report.run = part.runs
@@ -274,13 +271,11 @@ class Candidates(CandidateGenerator):
         # The model adds a token of its own to what it accepts.
         room = self.max_length - tokens.shape[1] - 1
         for part, state in zip(self.parts, self.states, strict=True):
-            if isinstance(part.method, GateMethod) and room > 0 and not part.method.worth_drafting(state, tokens):
+            if "gate" in part.roles and room > 0 and not part.method.worth_drafting(state, tokens):
                 self._count("gated")
                 return Draft.nothing()
         drafter, state = next(
-            (part.method, state)
-            for part, state in zip(self.parts, self.states, strict=True)
-            if isinstance(part.method, DecodingMethod)
+            (part.method, state) for part, state in zip(self.parts, self.states, strict=True) if "drafter" in part.roles
         )
         draft = drafter.draft(state, tokens) if room > 0 else Draft.nothing()
         if draft.parents is not None:

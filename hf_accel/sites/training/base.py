@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +13,8 @@ from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.target import Model, is_transformers_trainer
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
+from hf_accel.sites.training import loop
+from hf_accel.sites.training.losses import LossCall, PlainLoss
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -29,34 +30,6 @@ SLOT_OF = {
     "encode_state": "optimizer",
     "callback": "callback",
 }
-
-
-class PlainLoss(NamedTuple):
-    """The training's own loss: a scalar with a gradient, and the network's output (None from a loop of ours)."""
-
-    loss: torch.Tensor
-    outputs: Any
-
-
-@dataclass(frozen=True)
-class LossCall:
-    """One batch whose loss is wanted.
-
-    Attributes:
-        network: what is called, so that gradients are exchanged: the model, or DDP around it.
-        inputs: the batch as the training hands it to the network or to its own loss.
-        plain: ``plain(inputs)`` computes the training's own loss on these inputs; call it at most once per forward.
-        step: the optimizer step that this batch belongs to, from 0.
-        scale: what a mean over this batch must be multiplied with. A training that adds up the losses of several
-            batches for one step may want them divided already (1 / batches per step) or not (1). What ``plain`` gives
-            needs no scale.
-    """
-
-    network: torch.nn.Module
-    inputs: Mapping[str, Any]
-    plain: Callable[[Mapping[str, Any]], PlainLoss]
-    step: int
-    scale: float
 
 
 class Recipe(Method):
@@ -183,6 +156,7 @@ def _host(trainer: Any) -> Any:
         from hf_accel.sites.training import transformers as host  # an author's module need not load transformers
 
         return host
-    from hf_accel.sites.training import loop
-
     return loop
+
+
+__all__ = ["SLOT_OF", "LossCall", "PlainLoss", "Recipe"]

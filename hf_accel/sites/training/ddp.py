@@ -7,13 +7,15 @@ who exchanges the gradients: a recipe, or nobody, which is plain all-reduce, the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_accel.errors import Conflict
-from hf_accel.sites.training.base import Recipe
 from hf_accel.sites.training.statistics import RecipeStatistics
+
+if TYPE_CHECKING:
+    from hf_accel.sites.training.base import Recipe
 
 
 @dataclass

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched, Skipped
-from hf_accel.sites.training.base import PlainLoss, Recipe
+from hf_accel.sites.training.losses import PlainLoss
 from hf_accel.sites.training.seam import KINDS, ONE_PROCESS, ListEntry, RecipeSeam, Rest
+
+if TYPE_CHECKING:
+    from hf_accel.sites.training.base import Recipe
 
 
 def why_not(loop: Any, hooks: frozenset[str]) -> str | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_accel.sites.training.base import Recipe
 from hf_accel.sites.training.statistics import RecipeStatistics
+
+if TYPE_CHECKING:
+    from hf_accel.sites.training.base import Recipe
 
 
 class _Code:

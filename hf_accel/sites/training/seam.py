@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
 
 from hf_accel.errors import Conflict, HFAccelError, RevertRefused
-from hf_accel.sites.training.base import LossCall, PlainLoss, Recipe
 from hf_accel.sites.training.ddp import ExchangeChange, ddp_in
+from hf_accel.sites.training.losses import LossCall, PlainLoss
 from hf_accel.sites.training.optimizer import StateCoder
 from hf_accel.sites.training.statistics import RecipeStatistics
+
+if TYPE_CHECKING:
+    from hf_accel.sites.training.base import Recipe
 
 # What each function of a recipe changes, for reports.
 KINDS = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,9 +17,12 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from hf_accel.errors import HFAccelError
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched, Skipped
-from hf_accel.sites.training.base import PlainLoss, Recipe
 from hf_accel.sites.training.ddp import ddp_in
+from hf_accel.sites.training.losses import PlainLoss
 from hf_accel.sites.training.seam import KINDS, ONE_PROCESS, ListEntry, Order, RecipeSeam, Rest
+
+if TYPE_CHECKING:
+    from hf_accel.sites.training.base import Recipe
 
 
 def why_not(trainer: Any, hooks: frozenset[str]) -> str | None:
