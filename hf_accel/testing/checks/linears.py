@@ -7,6 +7,7 @@ those about identity, copies, gradients and neighbours have.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import hf_accel
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.testing.case import Case, Checks, fails_at_the_end
+from hf_accel.testing.checks.turns import in_threads
 from hf_accel.testing.compare import expect_close, expect_equal, expect_same_objects, fingerprint
 from hf_accel.testing.models import encoders, tiny
 from hf_accel.testing.outcome import Skipped, expect
@@ -53,6 +55,21 @@ def new_modules(model: torch.nn.Module, stood: Collection[torch.nn.Module]) -> l
 def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
     """The floating-point parameters and buffers of a module."""
     return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+
+
+@CHECKS.promise(on=FEW)
+def requests_in_threads_do_not_meet(case: Case) -> None:
+    """Two forwards at once, each as if it were alone."""
+    model = case.build(0)
+
+    @torch.no_grad()
+    def twice(seed: int) -> torch.Tensor:
+        return torch.stack([run(model, case.family, seed) for _ in range(2)])
+
+    runs = [functools.partial(twice, seed) for seed in (0, 1)]
+    with hf_accel.apply(model, case.method, **case.full_budget):
+        alone = [one() for one in runs]
+        expect_equal(in_threads(model, runs), alone, "Two requests at once beside one after the other")
 
 
 @CHECKS.promise()
