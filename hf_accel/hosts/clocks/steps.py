@@ -67,7 +67,7 @@ class Generation:
 
     def knows(self, prompt: torch.Tensor | None) -> bool:
         """Whether a prompt came before in this generation, whole or as a part of another."""
-        return prompt is not None and any(_same(ref(), prompt) for ref in self.prompts)
+        return prompt is not None and any(_parts_of_one(ref(), prompt) for ref in self.prompts)
 
     def lost_a_prompt(self) -> bool:
         return any(ref() is None for ref in self.prompts)
@@ -311,7 +311,8 @@ class Clock:
         if latents is None:
             return 0
         for index, ref in enumerate(self._inputs):
-            if _same(ref(), latents):
+            other = ref()
+            if other is latents or (_parts_of_one(other, latents) and _place_in(other) == _place_in(latents)):
                 return index
         self._inputs.append(weakref.ref(latents))
         return len(self._inputs) - 1
@@ -374,7 +375,12 @@ def _index_in(schedule: torch.Tensor, timestep: torch.Tensor) -> int | None:
     return index if not odd and 0 <= index < len(schedule) else None
 
 
-def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+def _place_in(view: torch.Tensor | None) -> tuple[Any, ...] | None:
+    """Which part of its base a tensor is."""
+    return (view.storage_offset(), view.shape, view.stride()) if view is not None else None
+
+
+def _parts_of_one(one: torch.Tensor | None, other: torch.Tensor) -> bool:
     """Whether two tensors are one, or parts of one."""
     if one is None:
         return False
