@@ -18,7 +18,7 @@ from hf_accel.hosts.clocks.steps import Clocks, clocks
 from hf_accel.hosts.foreign import standing
 from hf_accel.hosts.target import Model, Target, resolve
 from hf_accel.ledger import MARK, Change, Ledger
-from hf_accel.pickling import REDUCE, PutOn, Reducer
+from hf_accel.pickling import Hands, PutOn, picklable
 from hf_accel.presets.preset import Wanted
 from hf_accel.report import MethodReport
 
@@ -31,6 +31,7 @@ class Installation:
     ledger: Ledger
     report: MethodReport
     handle: Any = None
+    carrier: Any = None  # the model or training that it stands on
 
 
 def installed(carrier: Any) -> tuple[Installation, ...]:
@@ -76,13 +77,15 @@ def _put(model: Model, wanted: Wanted, clock: Clocks, former: Method | None = No
         method.take_over(former)
     settings = config.to_dict()["settings"]
     report = MethodReport(method.name, settings, model.name, model.class_name, wanted.origin)
-    installation = Installation(method, Ledger(), report)
+    installation = Installation(method, Ledger(), report, carrier=model.carrier)
     if method.stands_on and former is None and (reason := method.why_not(model)) is not None:
         raise NotApplicable(f"{method.name} on {model.name} ({model.class_name}): {reason}.")
     try:
         installation.handle = method.install(model, installation.ledger, report, clock)
         if not report.patched:
             raise NothingPatched(_nothing_in_words(installation))
+        if model.trainer is None:
+            installation.ledger.hold(picklable(type(model.module), Hands(_take_off, put_on_again)))
     except BaseException:
         installation.ledger.undo()
         raise
@@ -97,11 +100,8 @@ def _mark(model: Model, marks: list[Installation]) -> None:
     own = model.carrier.__dict__
     if not marks:
         own.pop(MARK, None)
-        own.pop(REDUCE, None)
         return
     own.setdefault(MARK, [])[:] = list(marks)
-    if model.trainer is None and REDUCE not in own:
-        own[REDUCE] = Reducer(model.module, _take_off, put_on_again)
 
 
 def _take_off(module: torch.nn.Module, installed: list[Installation]) -> None:
@@ -118,9 +118,10 @@ def put_on_again(module: torch.nn.Module, plan: list[PutOn]) -> torch.nn.Module:
     for wanted in plan:
         name = wanted.config.METHOD
         ((_, installation),) = install(found, [(found.models[0], Wanted(name, wanted.config, wanted.origin))])
-        for key, parameter in installation.method.trainable_parameters().items():
-            with torch.no_grad():
-                parameter.copy_(wanted.learned[key])
+        for key in installation.method.trainable_parameters():
+            owner, _, leaf = key.rpartition(".")
+            # The very objects: an optimizer in the same pickle has them too.
+            setattr(module.get_submodule(owner), leaf, wanted.learned[key])
     return module
 
 

@@ -16,6 +16,7 @@ import copy
 import functools
 import itertools
 import os
+import sys
 import threading
 import weakref
 from collections import deque
@@ -60,7 +61,10 @@ class Request:
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        _OPENED.set(_OPENED.get()[:-1])
+        opened = _OPENED.get()
+        mine = max((place for place, one in enumerate(opened) if one is self), default=None)
+        if mine is not None:  # in a copied context that was entered later it is not there
+            _OPENED.set(opened[:mine] + opened[mine + 1 :])
 
     def __repr__(self) -> str:
         return f"<Request {self.number}{f' {self.name!r}' if self.name is not None else ''}>"
@@ -129,17 +133,21 @@ class Occupied:
             Interleaved: another thread is in a forward of this request.
         """
         me = threading.get_ident()
-        if self._by not in (None, me):
-            raise Interleaved(
-                "hf_accel: two threads run one model at once inside one request. Nothing was mixed. Open a request in "
-                "each thread (`with hf_accel.request(model): ...`), or none: threads are told apart without."
-            )
-        self._by = me
+        with _LOCK:
+            if self._by not in (None, me) and _runs_a_module(self._by):
+                raise Interleaved(
+                    "hf_accel: two threads run one model at once inside one request. Nothing was mixed. Open a request "
+                    "in each thread (`with hf_accel.request(model): ...`), or none: threads are told apart without."
+                )
+            self._by = me
 
-    def leave(self) -> None:
-        """The forward is over."""
-        if self._by == threading.get_ident():
-            self._by = None
+    def leave(self) -> bool:
+        """The forward is over. Whether it was this thread's: one that was refused has nothing to end."""
+        with _LOCK:
+            mine = self._by == threading.get_ident()
+            if mine:
+                self._by = None
+            return mine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Occupied:
         return Occupied()
@@ -148,11 +156,24 @@ class Occupied:
         return {"_by": None}
 
 
+def _runs_a_module(thread: int | None) -> bool:
+    """Whether a thread is inside the call of a module. torch calls no hooks after an exception that is no
+    ``Exception`` (KeyboardInterrupt), so that nobody tells of the end of such a forward."""
+    frame = sys._current_frames().get(thread) if thread is not None else None
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and frame.f_globals.get("__name__") == torch.nn.Module.__module__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Forked(Protocol):
     """What a site keeps for each request.
 
     Attributes:
         run: statistics with ``merge(other)``, which adds those of another request.
+
+    One with a method ``ended()`` is told when its request is gone.
     """
 
     run: Any
@@ -185,7 +206,7 @@ class PerRequest(Generic[T]):
         self.shared = shared
         self._forks: dict[int, tuple[weakref.ref[Request], T]] = {}
         self._gone: deque[Any] = deque()  # statistics that are still to be added up
-        self._latest: weakref.ref[Any] | None = None
+        self._trained: T | None = None  # of the last forward that gradients were recorded of
         self._adopt_key()
 
     def _adopt_key(self) -> None:
@@ -194,13 +215,18 @@ class PerRequest(Generic[T]):
 
     def now(self) -> T:
         """That of the request to which the forward that runs now belongs."""
+        if self._trained is not None and in_backward():
+            return self._trained  # checkpointing repeats a part of the forward, in a thread of autograd's own
         request = current()
         found = self._forks.get(id(request))
-        if found is not None:
-            return found[1]
-        if in_backward() and (latest := self._latest() if self._latest is not None else None) is not None:
-            return latest  # autograd has threads of its own, in which checkpointing repeats a part of the forward
-        return self.for_request(request)
+        return found[1] if found is not None else self.for_request(request)
+
+    def begin(self) -> T:
+        """As :meth:`now`, at the begin of a forward."""
+        found = self.now()
+        if torch.is_grad_enabled():
+            self._trained = found
+        return found
 
     def for_request(self, request: Request) -> T:
         """That of a request, made if there is none yet."""
@@ -211,7 +237,6 @@ class PerRequest(Generic[T]):
                 fork = self.shared.fork(request)
                 ended = functools.partial(_ended, weakref.ref(self), id(request))
                 found = self._forks[id(request)] = weakref.ref(request, ended), fork
-                self._latest = weakref.ref(fork)
             return found[1]
 
     def of(self, request: Request) -> T | None:
@@ -222,7 +247,7 @@ class PerRequest(Generic[T]):
     def all(self) -> list[T]:
         """The shared one and those of all requests that live."""
         with _LOCK:
-            return [self.shared, *(fork for _, fork in self._forks.values())]
+            return [self.shared, *(fork for _, fork in list(self._forks.values()))]
 
     def total(self) -> Any:
         """The statistics of all requests together, in the order in which they came. While there is one request, these
@@ -231,7 +256,7 @@ class PerRequest(Generic[T]):
             return self.now().run
         with _LOCK:
             self._add_up()
-            living = [fork.run for _, fork in self._forks.values()]
+            living = [fork.run for _, fork in list(self._forks.values())]  # requests may end meanwhile
             if len(living) == 1 and not self._any_gone:
                 return living[0]
             whole = copy.deepcopy(self.shared.run)
@@ -272,6 +297,11 @@ def by_key(key: int) -> PerRequest[Any] | None:
 def _ended(owner: weakref.ref[PerRequest[Any]], identity: int, request: weakref.ref[Request]) -> None:
     """A request is gone, perhaps in the middle of a collection of garbage: let its state go, keep its statistics."""
     per_request = owner()
-    found = per_request._forks.pop(identity, None) if per_request is not None else None
-    if per_request is not None and found is not None:
-        per_request._gone.append(found[1].run)
+    if per_request is None:
+        return
+    with _LOCK:
+        found = per_request._forks.pop(identity, None)
+        if found is not None:
+            per_request._gone.append(found[1].run)
+            if hasattr(found[1], "ended"):
+                found[1].ended()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -49,7 +49,7 @@ class Recent(Generic[T]):
 
     def __init__(self, limit: int = 8):
         self.limit = limit
-        self._kept: dict[Hashable, T] = {}  # the last used one last
+        self._kept: dict[Hashable, T] = {}  # the oldest first
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -57,12 +57,14 @@ class Recent(Generic[T]):
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make()`` gave for this key, called only if it is not kept. Threads may both call it; one result
         stays."""
-        found = self._kept.pop(key, None)
+        found = self._kept.get(key)
         if found is None:
             # Made in inference mode, its tensors could not be saved for a backward pass later.
             with torch.inference_mode(False):
-                found = make()
-        self._kept[key] = found
-        for old in list(self._kept)[: -self.limit]:
-            self._kept.pop(old, None)
+                found = self._kept[key] = make()
+            for old in list(self._kept)[: -self.limit]:
+                self._kept.pop(old, None)
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"limit": self.limit, "_kept": {}}  # a copy may be made while others add to it

@@ -125,7 +125,8 @@ class BlockClock:
 
     def end(self, raised: bool) -> None:
         """The forward is over; after an exception nothing of its request is remembered."""
-        self._occupied.leave()
+        if not self._occupied.leave():
+            return  # it was refused, while another one runs
         self.step = None
         if raised:
             self.forget()
@@ -140,7 +141,8 @@ class BlockClock:
         left, last = self._left, self._last
         if given.cache is None:
             return
-        if phase == "denoise" and left is not None and left[0]() is given.cache and left[1] == given.prefix:
+        returns = left is not None and left[0]() is given.cache and left[1] == given.prefix
+        if phase == "denoise" and returns and not self._is_first(given):
             self.forget()
             self._left = None
             raise Interleaved(
@@ -152,6 +154,14 @@ class BlockClock:
         mine = self._cache() if self._cache is not None else None
         if mine is not None and mine is not given.cache and last is not None and last.phase == "denoise":
             self._left = weakref.ref(mine), last.prefix
+
+    def _is_first(self, given: ForwardRead) -> bool:
+        """Whether a step begins its block anew, so that it goes on from nothing."""
+        if not self.family.masked:
+            return not given.conditioned
+        return (
+            given.tokens is not None and self.mask_token is not None and bool((given.tokens == self.mask_token).all())
+        )
 
     def _phase(self, given: ForwardRead) -> tuple[Phase, bool]:
         """What this forward is, and whether it belongs to the request of the last one."""

@@ -19,6 +19,10 @@ from hf_accel.errors import Interleaved
 from hf_accel.hosts.clocks.caller import calling_pipeline, schedule_of
 from hf_accel.requests import PerRequest, Request
 
+# Forwards of one step, by guidance and tiles. More of them are first steps of other pictures, as of a model of one step
+# that is called again and again; of fewer it is assumed where none of the latents before are held by anybody.
+MOST_FORWARDS, MOST_FORGOTTEN = 256, 8
+
 
 @dataclass
 class Announcement:
@@ -44,6 +48,11 @@ class Left:
     schedule: weakref.ref[torch.Tensor] | None
     position: int | None
     levels: list[float]
+    prompts: list[weakref.ref[torch.Tensor]]
+
+    def knows(self, prompt: torch.Tensor | None) -> bool:
+        """Whether a prompt came in it."""
+        return prompt is not None and any(_parts_of_one(ref(), prompt) for ref in self.prompts)
 
 
 @dataclass
@@ -55,7 +64,7 @@ class Generation:
         first: position of its first step.
         levels: timesteps of its steps so far, as far as they were read.
         prompts: text embeddings that came; the same come back at every step.
-        rises: its timesteps rise, as an inverse scheduler's do.
+        rises: the timesteps of its schedule rise, as an inverse scheduler's do.
     """
 
     shape: tuple[int, ...]
@@ -191,7 +200,7 @@ class Clock:
         index = said.step_index if said is not None else None
         position = place.index if place is not None else None
         moved_by = position - self._position if position is not None and self._position is not None else None
-        self._refuse_turns(timestep, place, moved_by)
+        self._refuse_turns(timestep, place, moved_by, prompt)
         if previous is None or now is None or self._begins(now, previous, timestep, shape, prompt, place, moved_by):
             now = self._begin(timestep, shape, place)
             previous = None
@@ -250,7 +259,8 @@ class Clock:
         elif (place is None) != (self._position is None):
             return True  # another pipeline that shares the model and has a scheduler of its own
         else:
-            goes_back = timestep is not None and self._goes_back(now, previous, timestep, prompt)
+            ahead = timestep is None or (timestep >= previous.timestep if now.rises else timestep <= previous.timestep)
+            goes_back = not ahead
         if goes_back:
             return True
         if shape != now.shape and announced is None and place is None and not now.knows(prompt):
@@ -258,45 +268,51 @@ class Clock:
         # A call abandoned in its first step leaves a clock that looks like the start of the next one; only its
         # prompt is gone. Later steps are not judged so: some pipelines build the embedding anew every step.
         same = moved_by == 0 if moved_by is not None else timestep in (None, previous.timestep)
-        return previous.index == 0 and announced in (None, 0) and same and now.lost_a_prompt()
+        if previous.index or announced not in (None, 0) or not same:
+            return False
+        crowd = MOST_FORWARDS if self._inputs_live() else MOST_FORGOTTEN
+        return self._calls_in_step >= crowd or now.lost_a_prompt()
 
-    @staticmethod
-    def _goes_back(now: Generation, previous: Step, timestep: float, prompt: torch.Tensor | None) -> bool:
-        """Whether a level cannot follow the last one. Levels fall; under an inverse scheduler they rise, which the
-        second step shows, if it comes with the prompt of the first."""
-        if now.rises:
-            return timestep < previous.timestep
-        if timestep > previous.timestep and previous.index == 0 and now.knows(prompt):
-            now.rises = True
-        return timestep > previous.timestep and not now.rises
+    def _inputs_live(self) -> bool:
+        """Whether any of the latents of this step are still there."""
+        return any(ref() is not None for ref in self._inputs)
 
     def _begin(self, timestep: float | None, shape: tuple[int, ...], place: Place | None) -> Generation:
         last, step = self._now, self._step
         unfinished = last is not None and step is not None and (step.count is None or step.index + 1 < step.count)
-        self._left = Left(last.schedule, self._position, last.levels) if unfinished and last is not None else None
+        self._left = None
+        if unfinished and last is not None:
+            self._left = Left(last.schedule, self._position, last.levels, last.prompts)
         self.generation += 1
         schedule = place.schedule if place is not None else self._schedule_of_caller()
         known = weakref.ref(schedule) if schedule is not None else None
-        self._now = Generation(shape, known, place.index if place is not None else 0)
+        # Read once per generation, and only where the value of the timestep is all that is known of a step.
+        rises = place is None and schedule is not None and bool(schedule[-1] > schedule[0])
+        self._now = Generation(shape, known, place.index if place is not None else 0, rises=rises)
         self._names, self._calls_in_step = set(), 0
         return self._now
 
-    def _refuse_turns(self, timestep: float | None, place: Place | None, moved_by: int | None) -> None:
-        """Refuse a forward that goes on with a generation which another one followed: theirs would be mixed."""
+    def _refuse_turns(
+        self, timestep: float | None, place: Place | None, moved_by: int | None, prompt: torch.Tensor | None
+    ) -> None:
+        """Refuse a forward that goes on with a generation which another one followed: theirs would be mixed.
+
+        Of two loops of which nothing but values is known, the one with its own prompt is told from one that was begun
+        anew after it was abandoned.
+        """
         left, now, previous = self._left, self._now, self._step
-        if left is None or now is None or previous is None:
+        if left is None or now is None or previous is None or not left.knows(prompt) or now.knows(prompt):
             return
+        if place is not None or left.schedule is not None:
+            # With a schedule of its own it begins a generation, in which nothing of another's is left.
+            mine = place.schedule if place is not None else self._schedule_of_caller()
+            if any(ref is None or ref() is not mine for ref in (left.schedule, now.schedule)):
+                return
         if place is not None:
-            if left.schedule is None or left.position is None or left.schedule() is not place.schedule:
-                return
-            other = now.schedule is None or now.schedule() is not place.schedule
-            returns = place.index > left.position if other else place.index == left.position + 1 and (moved_by or 0) > 1
+            returns = left.position is not None and place.index > left.position and (moved_by or 0) > 0
         else:
-            if timestep is None or len(left.levels) < 2 or not now.levels or now.levels[0] != left.levels[0]:
-                return
-            last, stride = left.levels[-1], left.levels[-1] - left.levels[-2]
-            between = min(timestep, previous.timestep) < last < max(timestep, previous.timestep)
-            returns = between and abs(timestep - last - stride) <= 0.01 * abs(stride)
+            below = [*left.levels[-1:], previous.timestep]
+            returns = timestep is not None and all(timestep < level for level in below)
         if returns:
             self.finish()
             raise Interleaved(

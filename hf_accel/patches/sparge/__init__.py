@@ -167,7 +167,7 @@ class Sparge(AttentionMethod):
     def __init__(self, config: SpargeConfig):
         super().__init__(config)
         self._plans: Recent[Plan] = Recent()
-        self._heads: dict[Any, HeadSettings] = {}
+        self._heads: Recent[HeadSettings] = Recent(1024)  # by layer and device
 
     def install(self, model: Model, ledger: Ledger, report: MethodReport, clock: Clocks) -> AttentionSeams:
         seams = super().install(model, ledger, report, clock)
@@ -284,9 +284,7 @@ class Sparge(AttentionMethod):
         if not isinstance(table, dict):
             return HeadSettings(rule, config.cdfthreshd if rule == "cdf" else config.topk, bar, config.pvthreshd)
         key = call.layer.index, call.query.device
-        if key not in self._heads:
-            self._heads[key] = read_heads(table, rule, call, bar, config.pvthreshd)
-        return self._heads[key]
+        return self._heads.get(key, lambda: read_heads(table, rule, call, bar, config.pvthreshd))
 
     # -- calibration: see hf_accel.measure.calibrate ---------------------------------------------------------------
 

@@ -102,6 +102,10 @@ class AttentionRunner:
     def fork(self) -> AttentionRunner:
         return AttentionRunner(self.method, self._verdicts)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies, which may be made while others are served.
+        return {**self.__dict__, "_states": {}, "_verdicts": dict(self._verdicts)}
+
     def reset(self) -> None:
         self._states = {}
 

@@ -146,13 +146,14 @@ class AttentionSeam:
             self._generation = step.generation
             self.run.begin_generation()
             self.core.reset()
-        self._enter(latents.shape[0])
+        self._enter(latents.shape[0], compiled)
 
-    def _enter(self, batch: int) -> None:
-        """Layers are counted from here on, and belong to this context."""
+    def _enter(self, batch: int, compiled: bool) -> None:
+        """Layers are counted from here on, and belong to this context. A compiled forward does not end: it is the
+        active one until the next."""
         self.run.forwards += 1
         self._batch, self._ordinal, self._item, self._calls, self._expected = batch, 0, 0, 0, None
-        self._outer = _ACTIVE.context if _ACTIVE.context is not self else None
+        self._outer = _ACTIVE.context if _ACTIVE.context is not self and not compiled else None
         _ACTIVE.context, _ACTIVE.layer = self, None
 
     def finish(self) -> None:
@@ -163,7 +164,8 @@ class AttentionSeam:
 
     def end(self, raised: bool) -> None:
         """The forward is over."""
-        self._occupied.leave()
+        if not self._occupied.leave():
+            return  # it was refused, while another one runs
         _ACTIVE.context, _ACTIVE.layer = self._outer, None
         self._outer = None
         if raised:
@@ -294,7 +296,7 @@ class RootHook:
                 return args, {**kwargs, spec.latents: marked}
             return (marked, *args[1:]), kwargs
         prompt = arguments.get("encoder_hidden_states")
-        self.seams.now().begin(hidden, timestep, dims, ids, prompt)
+        self.seams.begin().begin(hidden, timestep, dims, ids, prompt)
         return None
 
 
@@ -348,7 +350,7 @@ def _begin_forward(
     seams = by_key(key)
     if seams is not None:
         frames_height_width = (dims[0], dims[1], dims[2]) if len(dims) == 3 else None
-        seams.now().begin(hidden, timestep, frames_height_width, ids, compiled=True)
+        seams.begin().begin(hidden, timestep, frames_height_width, ids, compiled=True)
     return hidden.clone()
 
 

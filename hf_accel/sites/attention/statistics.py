@@ -53,15 +53,15 @@ class AttentionStatistics:
 
     def merge(self, other: AttentionStatistics) -> None:
         """Add what another request did. Details of a generation are those of the other's last one, if it had any."""
-        if other.densities:
+        if densities := list(other.densities):  # the other may go on counting
             self.fold()
-            self.densities = list(other.densities)
+            self.densities = densities
         self.forwards += other.forwards
         self.generations += other.generations
         self.sparse_calls += other.sparse_calls
-        self.dense_calls.update(other.dense_calls)
-        self.kernels.update(other.kernels)
-        self.break_even += [note for note in other.break_even if note not in self.break_even]
+        self.dense_calls.update(dict(other.dense_calls))
+        self.kernels.update(dict(other.kernels))
+        self.break_even += [note for note in list(other.break_even) if note not in self.break_even]
         self.stopwatch.merge(other.stopwatch)
         self._past_density += other._past_density
         self._past_calls += other._past_calls

@@ -89,13 +89,15 @@ class LanguageContext(AttentionSeam):
         compiled: bool = False,
     ) -> None:
         """One forward over ``[B, S, ...]`` tokens begins; more than one token is a prefill."""
+        if not compiled:
+            self._occupied.enter()
         if latents.shape[1] > 1 or self._step is None:
             self._generation += 1
             self._step = Step(0, None, 0.0, 0.0, "prefill", self._generation)
             self.run.begin_generation()
             self.core.reset()
         self._split = None
-        self._enter(latents.shape[0])
+        self._enter(latents.shape[0], compiled)
 
     def attend(
         self,
@@ -172,7 +174,7 @@ class PrefillHook:
         if torch.compiler.is_compiling():
             marked = torch.ops.hf_accel.begin_forward(tokens, tokens.new_zeros(1), None, [], self.seams.key)
             return (args, {**kwargs, name: marked}) if name in kwargs else ((marked, *args[1:]), kwargs)
-        self.seams.now().begin(tokens, None, None, None)
+        self.seams.begin().begin(tokens, None, None, None)
         return None
 
 

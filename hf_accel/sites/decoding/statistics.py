@@ -37,7 +37,7 @@ class DecodingStatistics:
         for name in ("generations", "rounds", "gated", "empty", "trees", "tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("plain", "drafted_at", "accepted_at"):
-            getattr(self, name).update(getattr(other, name))
+            getattr(self, name).update(dict(getattr(other, name)))
 
     def record_round(self, drafted: int, accepted: int, tokens: int) -> None:
         """One forward verified ``drafted`` tokens, accepted the first ``accepted``, and the text grew by ``tokens``."""

@@ -26,7 +26,7 @@ from hf_accel.hosts.target import Model, kind
 from hf_accel.kernels.common import kernel_log
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
-from hf_accel.requests import PerRequest, Request
+from hf_accel.requests import Occupied, PerRequest, Request
 from hf_accel.sites.embedding.start import NO_LOGITS, Start, logit_shift_of, logits_of, rows_at
 from hf_accel.sites.embedding.statistics import ResidualStatistics
 from hf_accel.sites.embedding.table import EmbeddingTable, embedding_table
@@ -79,6 +79,7 @@ class ResidualSeam:
         self.core, self.clock, self.start, self.run = core, clock, start, ResidualStatistics()
         self.mask_token, self.shift = mask_token, shift
         self._mixing = False
+        self._occupied = Occupied()
         self._drop()
 
     def _drop(self) -> None:
@@ -94,6 +95,7 @@ class ResidualSeam:
 
     def begin(self, module: torch.nn.Module, arguments: Mapping[str, Any]) -> None:
         """A forward of the model begins."""
+        self._occupied.enter()
         kept = self._kept
         self._drop()
         if arguments.get("input_ids") is None and arguments.get("inputs_embeds") is None:
@@ -182,6 +184,8 @@ class ResidualSeam:
 
     def end(self, output: Any) -> None:
         """The forward gave ``output``; None: it raised."""
+        if not self._occupied.leave():
+            return  # it was refused, while another one runs
         tokens, first = self._tokens, self._first
         missed = self._pending is not None and not self._embedded
         self._drop()

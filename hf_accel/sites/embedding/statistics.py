@@ -29,12 +29,12 @@ class ResidualStatistics:
 
     def merge(self, other: ResidualStatistics) -> None:
         """Add what another request did."""
-        self.forwards.update(other.forwards)
+        self.forwards.update(dict(other.forwards))
         self.blocks += other.blocks
         self.steps += other.steps
         self.rows += other.rows
-        self.dense_calls.update(other.dense_calls)
-        self.kernels.update(other.kernels)
+        self.dense_calls.update(dict(other.dense_calls))
+        self.kernels.update(dict(other.kernels))
         self._weights = self._weights + other._weights
 
     @property
@@ -83,8 +83,8 @@ class SelfConditioningStatistics:
         self.first_steps += other.first_steps
         self.calls += other.calls
         self.rows += other.rows
-        self.dense_calls.update(other.dense_calls)
-        self.kernels.update(other.kernels)
+        self.dense_calls.update(dict(other.dense_calls))
+        self.kernels.update(dict(other.kernels))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -28,8 +28,8 @@ class KVCacheStatistics:
         self.generations += other.generations
         self.cached_forwards += other.cached_forwards
         self.verified += other.verified
-        self.prefills.update(other.prefills)
-        self.dense_calls.update(other.dense_calls)
+        self.prefills.update(dict(other.prefills))
+        self.dense_calls.update(dict(other.dense_calls))
         self.rows_computed += other.rows_computed
         self.rows_native += other.rows_native
         self.kept_bytes = max(self.kept_bytes, other.kept_bytes)
@@ -90,8 +90,8 @@ class CacheStatistics:
         """Add what another request did. Bytes are told of the other's last cache, if that is there."""
         self.forwards += other.forwards
         self.caches += other.caches
-        self.plain_layers.update(other.plain_layers)
-        self.dense_calls.update(other.dense_calls)
+        self.plain_layers.update(dict(other.plain_layers))
+        self.dense_calls.update(dict(other.dense_calls))
         if other._last is not None and other._last() is not None:
             self._last = other._last
 

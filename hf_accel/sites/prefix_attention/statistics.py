@@ -39,10 +39,10 @@ class PrefixAttentionStatistics:
         self.calls += other.calls
         self.first_calls += other.first_calls
         for name in ("forwards", "exact_calls", "dense_calls", "_counts"):
-            getattr(self, name).update(getattr(other, name))
-        self.kernels.update(other.kernels)
+            getattr(self, name).update(dict(getattr(other, name)))
+        self.kernels.update(dict(other.kernels))
         self.stopwatch.merge(other.stopwatch)
-        for name, value in other._sums.items():
+        for name, value in dict(other._sums).items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def record(self, layer: int, step: int, notes: dict[str, Any]) -> None:

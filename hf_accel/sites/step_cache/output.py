@@ -190,6 +190,7 @@ def _forward_of(cls: Any) -> Callable:
     decide = functools.partial(torch._dynamo.disable, reason="hf_accel chooses whether a step runs")
     now_of, inside, output_of = decide(PerRequest.now), decide(below), decide(OutputSeam.output_of)
     begin, end, finish = decide(OutputSeam.begin), decide(OutputSeam.end), decide(OutputSeam.finish)
+    refused = decide(OutputSeam.refused)
 
     @functools.wraps(native)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +199,11 @@ def _forward_of(cls: Any) -> Callable:
         if "timestep" not in arguments or (not args and names[0] not in arguments) or len(args) > len(names):
             return inner(*args, **kwargs)  # raises what the host raises
         seam = now_of(self.__dict__[_ATTRIBUTE])
-        now = begin(seam, self, arguments)
+        try:
+            now = begin(seam, self, arguments)
+        except BaseException:
+            refused(seam)
+            raise
         if now.forecast is not None:
             return output_of(seam, _copied(now.forecast))
         try:

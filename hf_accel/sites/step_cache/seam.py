@@ -159,6 +159,8 @@ class StepCacheSeam(StepSeam):
             self._spare.append(self._views)
             self._views = None
 
+    ended = finish  # its views are handed on
+
     @property
     def kept_bytes(self) -> int:
         """Bytes of the hidden states that are kept now."""
@@ -257,10 +259,9 @@ def _forward_of(cls: Any) -> Callable:
     names = [name for name in inspect.signature(native).parameters if name != "self"]
 
     # Which of the two graphs runs is decided at every call, outside of any graph; what is compiled is ``native``.
-    now_of, begin, end, abandon = (
-        torch._dynamo.disable(decide, reason="hf_accel chooses a full or a partial graph")
-        for decide in (PerRequest.now, StepCacheSeam.begin, StepCacheSeam.end, StepCacheSeam.abandon)
-    )
+    decide = functools.partial(torch._dynamo.disable, reason="hf_accel chooses a full or a partial graph")
+    now_of, refused, abandon = (decide(f) for f in (PerRequest.now, StepCacheSeam.refused, StepCacheSeam.abandon))
+    begin, end = decide(StepCacheSeam.begin), decide(StepCacheSeam.end)
 
     @functools.wraps(native)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -269,7 +270,11 @@ def _forward_of(cls: Any) -> Callable:
         if missing or len(args) > len(names):
             return native(self, *args, **kwargs)  # raises what the host raises
         context = now_of(self.__dict__[_ATTRIBUTE])
-        now = begin(context, self, arguments)
+        try:
+            now = begin(context, self, arguments)
+        except BaseException:
+            refused(context)
+            raise
         try:
             out = native(now.network, **now.arguments)
         except BaseException:

@@ -47,11 +47,11 @@ class StepCacheStatistics:
         self.forwards += other.forwards
         self.generations += other.generations
         self.partial_steps += other.partial_steps
-        self.full_steps.update(other.full_steps)
-        self.dense_calls.update(other.dense_calls)
+        self.full_steps.update(dict(other.full_steps))
+        self.dense_calls.update(dict(other.dense_calls))
         self.kept_bytes = max(self.kept_bytes, other.kept_bytes)
         self.schedule = list(other.schedule) or self.schedule
-        self._shapes.update(other._shapes)
+        self._shapes.update(dict(other._shapes))
 
     @property
     def mac_share(self) -> float | None:

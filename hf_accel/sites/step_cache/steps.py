@@ -50,6 +50,10 @@ class StepSeam:
         """Nothing that was kept belongs to the next forward."""
         raise NotImplementedError
 
+    def refused(self) -> None:
+        """The forward was not begun."""
+        self.occupied.leave()
+
     def finish(self) -> None:
         """The pipeline call ended (or raised): nothing of it is kept."""
         self.occupied.leave()
@@ -71,7 +75,6 @@ class StepSeam:
             try:
                 self.state = self.core.new_state(step)
             except BaseException:
-                self.occupied.leave()
                 self.clock.finish()
                 raise
             self._generation = step.generation

@@ -288,9 +288,6 @@ def test_an_inverse_scheduler_goes_up():
     scheduler = diffusers.DDIMInverseScheduler()
     scheduler.set_timesteps(5)
     assert [step[:2] for step in loop(Clock(), scheduler.timesteps)] == [(i, 0) for i in range(5)]
-    prompt = torch.zeros(1, 2, 3)
-    values = [float(t) for t in scheduler.timesteps]
-    assert [step[:2] for step in loop(Clock(), values, prompt=prompt)] == [(i, 0) for i in range(5)]
 
 
 def test_levels_drawn_for_a_batch_are_no_schedule():
@@ -337,26 +334,25 @@ def test_another_pipeline_that_calls_is_found_on_the_stack():
             levels = [t * 1.0 for t in self.scheduler.timesteps]  # not views: of these only the value is known
             return loop(self.clock, levels)
 
-    pipe = Pipeline(diffusers.DDIMScheduler())
-    pipe.clock = Clock(weakref.ref(Scheduled(torch.tensor([1.0]))))
-    assert pipe(4) == [(i, 0, 4) for i in range(4)]
-    assert pipe(3) == [(i, 1, 3) for i in range(3)]
+    for scheduler in (diffusers.DDIMScheduler(), diffusers.DDIMInverseScheduler()):
+        pipe = Pipeline(scheduler)
+        pipe.clock = Clock(weakref.ref(Scheduled(torch.tensor([1.0]))))
+        assert pipe(4) == [(i, 0, 4) for i in range(4)]
+        assert pipe(3) == [(i, 1, 3) for i in range(3)]
 
 
 # -- turns ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["schedules", "one schedule", "values"])
+@pytest.mark.parametrize("kind", ["one schedule", "values"])
 def test_a_generation_that_another_followed_does_not_go_on(kind):
     one = torch.tensor([900.0, 800.0, 700.0, 600.0])
-    other = one.clone() if kind == "schedules" else one
-    if kind == "values":
-        one = other = one.tolist()
-    clock, latents = Clock(), torch.zeros(SHAPE)
-    for timestep in (one[0], one[1], other[0]):
-        clock.begin(timestep, latents)
+    other = one = one.tolist() if kind == "values" else one
+    clock, latents, prompts = Clock(), torch.zeros(SHAPE), [torch.zeros(1), torch.zeros(1)]
+    for timestep, prompt in ((one[0], 0), (one[1], 0), (other[0], 1)):
+        clock.begin(timestep, latents, prompts[prompt])
     with pytest.raises(Interleaved, match=r"hf_accel\.request\(model\)"):
-        clock.begin(one[2], latents)
+        clock.begin(one[2], latents, prompts[0])
     assert [step[:2] for step in loop(clock, other)] == [(i, 2) for i in range(4)]
 
 
@@ -377,3 +373,26 @@ def test_a_fork_knows_nothing_of_the_generation_that_runs():
     for twin in (clock.fork(Request()), copy.deepcopy(clock), pickle.loads(pickle.dumps(clock))):
         assert twin.step is None
         assert twin.begin(300.0, torch.zeros(SHAPE)).index == 0
+
+
+def test_half_as_many_steps_after_an_abort_are_no_turns():
+    clock, latents, prompt = Clock(), torch.zeros(SHAPE), torch.zeros(1)
+    loop(clock, torch.linspace(1, 0.02, 50).tolist()[:2], latents, prompt)
+    assert [step[:2] for step in loop(clock, torch.linspace(1, 0.04, 25).tolist(), latents, prompt)] == [
+        (i, 1) for i in range(25)
+    ]
+
+
+def test_another_picture_at_a_higher_level_is_no_inversion():
+    clock, prompt = Clock(), torch.zeros(1)
+    assert [clock.begin(t, torch.zeros(SHAPE), prompt).generation for t in (499.0, 999.0, 799.0)] == [0, 1, 1]
+
+
+def test_a_model_of_one_step_called_again_and_again_is_not_one_step_for_ever():
+    clock, prompt = Clock(), torch.zeros(1)
+    seen = [clock.begin(999.0, torch.zeros(SHAPE), prompt) for _ in range(40)]
+    assert max(step.tile for step in seen) < 8
+    assert seen[-1].generation == 4
+    held = [torch.zeros(SHAPE) for _ in range(40)]  # tiles that somebody holds are one picture
+    clock = Clock()
+    assert {clock.begin(t, x, prompt).generation for t in (999.0, 500.0) for x in held} == {0}
