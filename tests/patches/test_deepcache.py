@@ -360,8 +360,7 @@ def test_another_call_begins_with_a_full_step(pipe, change):
         after = pipe(**change)
         run = run_of(applied)
     assert run.generations == 2
-    assert run.full_steps == {"first step": 1, "other arguments than the kept step": 1, "schedule": 1}
-    assert run.generations == 1
+    assert run.full_steps["first step"] == 2
     assert all(torch.equal(a, b) for a, b in zip(after, alone, strict=True))
     assert torch.equal(after[0], plain[0])
     assert not torch.equal(after[1], plain[1])
