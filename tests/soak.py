@@ -1,7 +1,7 @@
 """Threads that serve the miniatures for a long time: random requests, methods put on, taken off and exchanged between
 them, forwards that raise, requests that are abandoned. Every answer is what the request gets alone, and memory is flat.
 
-    python tests/soak.py --minutes 30 --json benchmarks/results/soak_cpu.json
+    python tests/soak.py --minutes 30 --json tests/results/soak_cpu.json
 """
 
 from __future__ import annotations
