@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 _HELD: dict[Any, tuple[int, Callable[[], None]]] = {}
 _HELD_LOCK = threading.Lock()
 
@@ -37,10 +39,12 @@ class SharedRegistration:
 def _let_go(key: Any) -> None:
     with _HELD_LOCK:
         count, remove = _HELD.pop(key)
-        if count > 1:
-            _HELD[key] = (count - 1, remove)
-        else:
-            remove()
+        _HELD[key] = (count - 1, remove)
+        # A model may be collected while another is compiled, and dynamo guards on the place of what it read in a
+        # registry. What is left over is removed with the next that goes, or taken by the next that comes.
+        if torch._guards.CompileContext.current_compile_id() is None:
+            for idle in [held for held, (holders, _) in _HELD.items() if not holders]:
+                _HELD.pop(idle)[1]()
 
 
 def replace_entries(key: str, *entries: tuple[dict[str, Any], Any]) -> Callable[[], None]:
