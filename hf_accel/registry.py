@@ -105,8 +105,9 @@ def unknown(name: str, also_known: Iterable[str] = ()) -> UnknownMethod:
 
 def _ours(name: str) -> bool:
     """Whether a method is registered already or has a file of ours, which is imported."""
-    if name not in _METHODS and name.isidentifier() | name.replace("-", "_").isidentifier():
-        module = f"hf_accel.patches.{name.replace('-', '_')}"
+    stem = name.replace("-", "_")
+    if name not in _METHODS and stem.isidentifier():
+        module = f"hf_accel.patches.{stem}"
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module)
     return name in _METHODS

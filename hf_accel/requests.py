@@ -149,11 +149,8 @@ class Occupied:
                 self._by = None
             return mine
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Occupied:
-        return Occupied()
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"_by": None}
+        return {"_by": None}  # nobody is inside of a copy
 
 
 def _runs_a_module(thread: int | None) -> bool:
@@ -206,6 +203,7 @@ class PerRequest(Generic[T]):
         self.shared = shared
         self._forks: dict[int, tuple[weakref.ref[Request], T]] = {}
         self._gone: deque[Any] = deque()  # statistics that are still to be added up
+        self._any_gone = False  # the shared one has statistics
         self._trained: T | None = None  # of the last forward that gradients were recorded of
         self._adopt_key()
 
@@ -263,8 +261,6 @@ class PerRequest(Generic[T]):
             for run in living:
                 whole.merge(run)
             return whole
-
-    _any_gone = False
 
     def _add_up(self) -> None:
         while self._gone:

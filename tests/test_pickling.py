@@ -105,14 +105,19 @@ def test_copies_are_as_ever():
     assert applied_methods(deep) == [("model", "sparge")]
 
 
-def test_a_pipeline_whose_denoiser_is_patched():
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+def small_unet():
+    from diffusers import UNet2DModel
 
-    net = UNet2DModel(
+    return UNet2DModel(
         sample_size=8, block_out_channels=(16, 32), norm_num_groups=4, layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    pipe = DDPMPipeline(net, DDPMScheduler())
+
+
+def test_a_pipeline_whose_denoiser_is_patched():
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    pipe = DDPMPipeline(small_unet(), DDPMScheduler())
     hf_accel.apply(pipe, "deepcache")
     other = pickle.loads(pickle.dumps(pipe))
     other.set_progress_bar_config(disable=True)
@@ -121,13 +126,9 @@ def test_a_pipeline_whose_denoiser_is_patched():
 
 
 def test_a_pipeline_outlives_the_one_that_the_method_was_applied_to():
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, UNet2DModel
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
-    net = UNet2DModel(
-        sample_size=8, block_out_channels=(16, 32), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    pipe = DDPMPipeline(net, DDIMScheduler())
+    pipe = DDPMPipeline(small_unet(), DDIMScheduler())
     hf_accel.apply(pipe, "deepcache", cache_interval=3, skip_mode="non_uniform", center=4)
     pipe = DDIMPipeline.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)

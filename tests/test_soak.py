@@ -43,3 +43,14 @@ def test_it_sees_requests_that_meet(monkeypatch):
         assert soak.soak(0.5, say=lambda words: None)["wrong"]
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_page_says_what_the_record_says():
+    told = json.loads((FILE.parent / "results" / "soak_cpu.json").read_text())
+    page = " ".join((FILE.parents[1] / "docs" / "serving.md").read_text().split())
+    assert not told["wrong"]
+    for words in (
+        f"{told['requests']:,} requests", f"{told['exchanges']} exchanges", f"{told['InjectedError']} injected",
+        f"{told['CancelledRequest']} abandoned", f"memory {int(told['memory_mb_most_in_last_third'])} MB",
+    ):  # fmt: skip
+        assert words in page, words

@@ -42,20 +42,6 @@ class Place:
 
 
 @dataclass
-class Left:
-    """A generation that another one followed before its last step."""
-
-    schedule: weakref.ref[torch.Tensor] | None
-    position: int | None
-    levels: list[float]
-    prompts: list[weakref.ref[torch.Tensor]]
-
-    def knows(self, prompt: torch.Tensor | None) -> bool:
-        """Whether a prompt came in it."""
-        return prompt is not None and any(_parts_of_one(ref(), prompt) for ref in self.prompts)
-
-
-@dataclass
 class Generation:
     """What a clock knows of the generation that runs.
 
@@ -102,7 +88,8 @@ class Clock:
         self.run = _Nothing()
         self._step: Step | None = None
         self._now: Generation | None = None
-        self._left: Left | None = None
+        self._left: Generation | None = None  # that another one followed before its last step
+        self._left_at: int | None = None  # its last position
         self._position: int | None = None
         self._calls_in_step = 0
         self._names: set[str] = set()
@@ -280,9 +267,7 @@ class Clock:
     def _begin(self, timestep: float | None, shape: tuple[int, ...], place: Place | None) -> Generation:
         last, step = self._now, self._step
         unfinished = last is not None and step is not None and (step.count is None or step.index + 1 < step.count)
-        self._left = None
-        if unfinished and last is not None:
-            self._left = Left(last.schedule, self._position, last.levels, last.prompts)
+        self._left, self._left_at = (last, self._position) if unfinished else (None, None)
         self.generation += 1
         schedule = place.schedule if place is not None else self._schedule_of_caller()
         known = weakref.ref(schedule) if schedule is not None else None
@@ -309,7 +294,7 @@ class Clock:
             if any(ref is None or ref() is not mine for ref in (left.schedule, now.schedule)):
                 return
         if place is not None:
-            returns = left.position is not None and place.index > left.position and (moved_by or 0) > 0
+            returns = self._left_at is not None and place.index > self._left_at and (moved_by or 0) > 0
         else:
             below = [*left.levels[-1:], previous.timestep]
             returns = timestep is not None and all(timestep < level for level in below)

@@ -6,8 +6,8 @@ forwards. The kept state lies in one buffer per guidance branch, at one address 
 what CUDA graphs reuse.
 
 A step is full if the method says so, and wherever the kept state does not belong to it: at the first step of a
-generation (see ``clock.py``), for a branch or shape that has kept nothing, after an exception, after the model was
-changed, and while gradients flow.
+generation (see ``hosts/clocks/steps.py``), for a branch or shape that has kept nothing, after an exception, after the
+model was changed, and while gradients flow.
 """
 
 from __future__ import annotations
