@@ -12,6 +12,17 @@ from typing import Any, Literal
 import torch
 
 TextPlace = Literal["none", "first", "last"]
+Span = tuple[int, int]
+
+
+def span_of(tokens: int, sequence: int, text: TextPlace) -> Span | None:
+    """``(start, stop)`` of so many video or image tokens in a sequence of that length, all the rest of which is text in
+    that place; None if they disagree."""
+    if sequence == tokens:
+        return 0, sequence
+    if sequence < tokens or text == "none":
+        return None
+    return (0, tokens) if text == "last" else (sequence - tokens, sequence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +44,9 @@ class TokenGrid:
         """Number of video tokens."""
         return self.frames * self.height * self.width
 
-    def video_span(self, sequence: int) -> tuple[int, int] | None:
+    def video_span(self, sequence: int) -> Span | None:
         """``(start, stop)`` of the video tokens in a sequence of that length, or None if the grid disagrees."""
-        if sequence == self.tokens:
-            return 0, sequence
-        if sequence < self.tokens or self.text == "none":
-            return None
-        return (0, self.tokens) if self.text == "last" else (sequence - self.tokens, sequence)
+        return span_of(self.tokens, sequence, self.text)
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
@@ -95,6 +102,8 @@ class AttentionCall:
             own, frame-major order.
         item: 0, or the batch item where the host calls attention once per item (Mochi).
         dense: runs what the host would have run; returns ``[B, H, Sq, D]``.
+        shown: ``(start, stop)`` of the video or image tokens among the queries, where it is known though their grid is
+            not (several pictures in one sequence); see :attr:`span`.
         notes: where the call writes what happened (``density``, ``kernels``, ``fallback``, ``break_even``); read by the
             report.
     """
@@ -111,6 +120,7 @@ class AttentionCall:
     dense: Callable[[], torch.Tensor]
     item: int = 0
     order: torch.Tensor | None = None
+    shown: Span | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -118,6 +128,14 @@ class AttentionCall:
         """Whether gradients must flow through this call."""
         tensors = (self.query, self.key, self.value)
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+    @property
+    def span(self) -> Span | None:
+        """``(start, stop)`` of the video or image tokens in a self-attention; all others are text. None where that is
+        not known."""
+        if self.query.shape[2] != self.key.shape[2]:
+            return None
+        return self.grid.video_span(self.query.shape[2]) if self.grid is not None else self.shown
 
     def fallback(self, reason: str) -> torch.Tensor:
         """Run dense attention and count it under ``reason`` in the report."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_accel.attention.call import AttentionCall
+from hf_accel.attention.call import AttentionCall, Span
 
 
 def offsets(sizes: torch.Tensor) -> torch.Tensor:
@@ -54,6 +54,19 @@ def block_sizes(sequence: int, block_size: int) -> torch.Tensor:
     return (sequence - torch.arange(0, sequence, block_size)).clamp(max=block_size)
 
 
+def blocks_touching(start: int, stop: int, sequence: int, block_size: int) -> torch.Tensor:
+    """Which blocks of a sequence hold a token of ``[start, stop)``: bool ``[ceil(sequence / block_size)]``."""
+    first = torch.arange(0, sequence, block_size)
+    return (first < stop) & (first + block_size > start) & (start < stop)
+
+
+def text_blocks(span: Span | None, sequence: int, block_size: int) -> torch.Tensor:
+    """Which blocks of a sequence hold a token that is not of ``span``, the video or the image: bool
+    ``[ceil(sequence / block_size)]``. None of them where the span is not known."""
+    start, stop = (0, sequence) if span is None else span
+    return blocks_touching(0, start, sequence, block_size) | blocks_touching(stop, sequence, sequence, block_size)
+
+
 @dataclass(frozen=True)
 class VideoLayout:
     """Where the video stands in a sequence, frame by frame; what is before and behind it is text.
@@ -97,13 +110,11 @@ class VideoLayout:
 
     def blocks_touching(self, start: int, stop: int, block_size: int) -> torch.Tensor:
         """Which blocks hold a token of ``[start, stop)``: bool ``[ceil(sequence / block_size)]``."""
-        first = torch.arange(0, self.sequence, block_size)
-        return (first < stop) & (first + block_size > start) & (start < stop)
+        return blocks_touching(start, stop, self.sequence, block_size)
 
     def text_blocks(self, block_size: int) -> torch.Tensor:
         """Which blocks hold text: bool ``[ceil(sequence / block_size)]``."""
-        before = self.blocks_touching(0, self.start, block_size)
-        return before | self.blocks_touching(self.stop, self.sequence, block_size)
+        return text_blocks((self.start, self.stop), self.sequence, block_size)
 
     def token_major_order(self) -> torch.Tensor:
         """The order that brings the same place of all frames together: ``x[order]`` is ``x`` token-major.

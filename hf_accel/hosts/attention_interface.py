@@ -1,14 +1,20 @@
-"""transformers' table of attention functions: ours in it, and what stood there before.
+"""transformers' table of attention functions: ours in it, what stood there before, and who reads our names.
 
 ``AttentionInterface`` and ``AttentionMaskInterface`` are public. Entries of ours have a name made of a prefix and the
 implementation that the model runs, and last as long as a patched model needs them
 (:class:`~hf_accel.hosts.patching.registration.SharedRegistration`).
+
+A model's configuration never holds such a name: users read it, copy it, save it and set other implementations. Only
+the attention modules read one, from a view of the configuration (:func:`renamed`).
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,21 +24,17 @@ NATIVE = ("sdpa", "eager")  # implementations that our functions can stand in fr
 ALTERING = ("softcap", "s_aux", "position_bias", "cache")
 
 
-def register(name: str, function: Callable, masks_of: str | None = None) -> Callable[[], None]:
-    """Enter an attention function under ``name``; returns what removes it.
+def register(prefix: str, function: Callable) -> Callable[[], None]:
+    """Enter an attention function once for each implementation that it can stand in front of, under ``prefix`` and the
+    implementation's name, which it is given first; returns what removes the entries."""
+    from transformers import AttentionInterface
 
-    ``masks_of`` names the implementation whose masks it takes. Without a mask function of its name transformers hands
-    on no mask at all, padding or not; None is for modules that are called with a mask of another implementation.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(name, function)
-    if masks_of is not None:
-        AttentionMaskInterface.register(name, AttentionMaskInterface()[masks_of])
+    for implementation in NATIVE:
+        AttentionInterface.register(prefix + implementation, functools.partial(function, implementation))
 
     def remove() -> None:
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+        for implementation in NATIVE:
+            AttentionInterface._global_mapping.pop(prefix + implementation, None)
 
     return remove
 
@@ -44,3 +46,40 @@ def native_function(implementation: str, module: torch.nn.Module) -> Callable:
     from transformers import AttentionInterface
 
     return AttentionInterface()[implementation]
+
+
+def renamed(config: Any, prefix: str) -> Any:
+    """A configuration in which the attention implementation has ``prefix`` in front of its name, for one attention
+    module to read.
+
+    It is a view: all else in it is the same as in ``config``, now and later. So ``model.set_attn_implementation(...)``
+    and changes of the configuration reach the attention module as before. An implementation that is none of
+    :data:`NATIVE` keeps its name, and so runs without ours.
+    """
+    view = object.__new__(_renamed_class(type(config), prefix))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    object.__setattr__(view, "_hf_accel_original", config)
+    return view
+
+
+@functools.cache
+def _renamed_class(base: Any, prefix: str) -> Any:
+    def name(view: Any) -> str | None:
+        implementation = view._attn_implementation_internal
+        return prefix + implementation if implementation in NATIVE else implementation
+
+    def set_name(view: Any, value: Any) -> None:
+        view._hf_accel_original._attn_implementation = value
+
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__slots__": ("_hf_accel_original",),  # not in the dictionary that both have
+        "_attn_implementation": property(name, set_name),
+        # In a copy of the whole model the view is one of the configuration's copy. Whoever copies it alone gets what it
+        # shows, without our name.
+        "__deepcopy__": lambda view, memo: renamed(copy.deepcopy(view._hf_accel_original, memo), prefix),
+        "__copy__": lambda view: copy.copy(view._hf_accel_original),
+        "__reduce_ex__": lambda view, protocol: view._hf_accel_original.__reduce_ex__(protocol),
+    }
+    return type(base.__name__, (base,), members)

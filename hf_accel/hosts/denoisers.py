@@ -35,6 +35,7 @@ class Denoiser:
             (a video token, always valid) is the key mask.
         per_item: attention is called once per batch item.
         medium: what the tokens show.
+        packed: the latents are ``[B, S, C]``, one row per token, so that the number of tokens is known without a grid.
         levels: attention runs at several resolutions, each half the one before (U-Nets); ``dims`` is of the finest.
     """
 
@@ -46,6 +47,7 @@ class Denoiser:
     mask: Literal["keys", "outer"] = "keys"
     per_item: bool = False
     medium: Medium = "video"
+    packed: bool = False
     levels: bool = False
 
     @property
@@ -110,12 +112,18 @@ def dims_from_ids(ids: torch.Tensor, tokens: int) -> Dims | None:
     """Lattice of an image from its token coordinates ``[S, 3]`` (frame or image id, row, column).
 
     Control and Kontext pipelines append the tokens of further images with their own coordinates: then the ids are
-    no full rectangle and there is no grid. Reads the tensor (one device sync).
+    no full rectangle and there is no grid; nor where they stand in another order, or differ between the items of a
+    batch ``[B, S, 3]``. Reads the tensor (two device syncs).
     """
-    ids = ids[0] if ids.ndim == 3 else ids
-    low, high = ids.amin(0).tolist(), ids.amax(0).tolist()
+    items = ids if ids.ndim == 3 else ids[None]
+    low, high = items[0].amin(0).tolist(), items[0].amax(0).tolist()
     height, width = int(high[1] - low[1]) + 1, int(high[2] - low[2]) + 1
-    return (1, height, width) if height * width == tokens == ids.shape[0] else None
+    if not height * width == tokens == items.shape[1]:
+        return None
+    place = torch.arange(tokens, device=ids.device)
+    lattice = torch.stack([torch.zeros_like(place), place // width, place % width], 1)
+    lattice = (lattice + torch.tensor(low, device=ids.device)).to(ids.dtype)  # large ones are rounded in bf16
+    return (1, height, width) if bool((items == lattice).all()) else None
 
 
 def _image(module: Any, arguments: Arguments) -> Dims:
@@ -172,7 +180,7 @@ DENOISERS: dict[str, Denoiser] = {
         _DIT_BLOCKS, _cogvideox, text="first", order=("hidden_states", "encoder_hidden_states", "timestep")
     ),
     "LTXVideoTransformer3DModel": Denoiser(
-        _DIT_BLOCKS, _ltx, order=("hidden_states", "encoder_hidden_states", "timestep")
+        _DIT_BLOCKS, _ltx, order=("hidden_states", "encoder_hidden_states", "timestep"), packed=True
     ),
     "MochiTransformer3DModel": Denoiser(
         _DIT_BLOCKS,
@@ -188,6 +196,7 @@ DENOISERS: dict[str, Denoiser] = {
         text="first",
         order=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
         ids="img_ids",
+        packed=True,
         medium="image",
     ),
     "SD3Transformer2DModel": Denoiser(
@@ -202,6 +211,7 @@ DENOISERS: dict[str, Denoiser] = {
         _qwen,
         text="first",
         order=("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes"),
+        packed=True,
         medium="image",
     ),
     "PixArtTransformer2DModel": Denoiser(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_accel.errors import NotApplicable
+from hf_accel.hosts.walk import modules
 
 # Names under which pipelines keep the network that runs once per denoising step.
 DENOISER_COMPONENTS = ("transformer", "transformer_2", "transformer_3", "unet", "prior", "decoder", "dit", "model")
@@ -120,12 +121,18 @@ def kind(module: torch.nn.Module) -> str:
         generates = getattr(module, "can_generate", None)
         # Remote code often has a head without transformers' generate().
         head = hasattr(module, "lm_head") or (generates is not None and generates())
-        return "language model" if head else "text encoder"
+        return "language model" if head or _is_decoder(module) else "text encoder"
     if name.startswith("Autoencoder") or name.startswith("VQ"):
         return "autoencoder"
     if is_a(module, "diffusers", "ModelMixin"):
         return "denoiser"
     return "module"
+
+
+def _is_decoder(module: torch.nn.Module) -> bool:
+    """Whether a model of transformers without a head for tokens is a stack of causal layers that keep keys and values
+    (``LlamaModel``, a classifier on it)."""
+    return any(getattr(sub, "is_causal", False) and hasattr(sub, "layer_idx") for sub in modules(module))
 
 
 def is_training(obj: Any) -> bool:

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_accel.attention.call import AttentionCall
-from hf_accel.attention.layout import VideoLayout, block_sizes, density, expand_heads
+from hf_accel.attention.layout import block_sizes, density, expand_heads, text_blocks
 from hf_accel.attention.selectors import top_k
 from hf_accel.attention.static import Recent
 from hf_accel.checkpoints import parameters
@@ -94,12 +94,9 @@ class Geometry(NamedTuple):
     @classmethod
     def of(cls, call: AttentionCall, block_q: int, block_k: int) -> Geometry:
         """Built on the CPU and moved once, so that no layer waits for a device."""
-        sizes = [block_sizes(call.query.shape[2], size) for size in (block_q, block_k)]
-        rows, columns = (torch.zeros_like(size, dtype=torch.bool) for size in sizes)
-        # A host without a grid, or with one of another length, tells of no text.
-        if call.grid is not None and call.grid.video_span(call.query.shape[2]) is not None:
-            layout = VideoLayout.of(call)
-            rows, columns = layout.text_blocks(block_q), layout.text_blocks(block_k)
+        sequence = call.query.shape[2]
+        sizes = [block_sizes(sequence, size) for size in (block_q, block_k)]
+        rows, columns = (text_blocks(call.span, sequence, size) for size in (block_q, block_k))
         device = call.query.device
         text = (rows[:, None] | columns).to(device)
         return cls(text, int((~columns).sum()), *(size.to(device) for size in sizes))

@@ -411,9 +411,9 @@ def test_plans_are_few_and_follow_the_shape():
 
 
 def test_plan_of_text_and_frames():
-    plan = make_plan(SpargeConfig(), 640, 640, False, TokenGrid(6, 10, 9, text="first"))
+    plan = make_plan(SpargeConfig(), 640, 640, False, TokenGrid(6, 10, 9, text="first"), (100, 640))
     assert plan.rows.tolist() == [True, False, False, False, False]
     assert plan.columns.nonzero().flatten().tolist() == [0, 1]
-    plan = make_plan(SpargeConfig(), 640, 640, False, TokenGrid(1, 32, 20))
+    plan = make_plan(SpargeConfig(), 640, 640, False, TokenGrid(1, 32, 20), (0, 640))
     assert not plan.rows.any()
     assert not plan.kept.any()

@@ -270,10 +270,11 @@ class Sparge(AttentionMethod):
     def plan(self, call: AttentionCall) -> Plan:
         """What the call's shape decides, kept for the last few shapes."""
         lengths = call.query.shape[2], call.key.shape[2]
-        grid = call.grid if lengths[0] == lengths[1] else None
-        key = (*lengths, call.causal, grid, call.query.device)
+        key = (*lengths, call.causal, call.grid, call.span, call.query.device)
         device = call.query.device
-        return self._plans.get(key, lambda: make_plan(self.config, *lengths, call.causal, grid).to(device))
+        return self._plans.get(
+            key, lambda: make_plan(self.config, *lengths, call.causal, call.grid, call.span).to(device)
+        )
 
     def head_settings(self, call: AttentionCall) -> HeadSettings:
         """The thresholds of this layer's heads."""

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from hf_accel.attention.call import TokenGrid
+from hf_accel.attention.call import Span, TokenGrid
 from hf_accel.attention.hilbert import hilbert_order
-from hf_accel.attention.layout import block_sizes, inverse_order
+from hf_accel.attention.layout import block_sizes, inverse_order, text_blocks
 
 
 class PlanSettings(Protocol):
@@ -55,16 +55,15 @@ class Plan:
         return dataclasses.replace(self, **moved)
 
 
-def make_plan(config: PlanSettings, queries: int, keys: int, causal: bool, grid: TokenGrid | None) -> Plan:
-    """What lengths, mask and grid decide about the map; see :class:`Plan`. On the CPU."""
+def make_plan(
+    config: PlanSettings, queries: int, keys: int, causal: bool, grid: TokenGrid | None, span: Span | None
+) -> Plan:
+    """What lengths, mask, grid and the place of the text decide about the map; see :class:`Plan`. On the CPU."""
     rows = torch.zeros(-(-queries // config.block_q), dtype=torch.bool)
     columns = torch.zeros(-(-keys // config.block_k), dtype=torch.bool)
-    span = grid.video_span(queries) if grid is not None and queries == keys else None
     for blocks, size, length in ((rows, config.block_q, queries), (columns, config.block_k, keys)):
         blocks[-1] = length % size > 0
-        if span is not None and span[1] - span[0] < length:
-            first = torch.arange(0, length, size)
-            blocks |= (first < span[0]) | (first + size > span[1])
+        blocks |= text_blocks(span, length, size)
     kept = rows[:, None] | columns
     if config.attention_sink:
         kept[:, 0] = True

@@ -23,6 +23,9 @@ from hf_accel.sites.attention import break_even
 from hf_accel.sites.attention import diffusers as attention_host
 from hf_accel.sites.attention.seam import AttentionSeams
 
+MOST_SEQUENCES = 65_535  # of the second and third axis of a CUDA launch
+_AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class SparseAttentionConfig(Settings):
@@ -85,6 +88,42 @@ class AttentionMethod(Method):
         report.notes.append(f"{words}: the torch form runs everywhere")
 
 
+def why_no_kernel(call: AttentionCall) -> str | None:
+    """Why a call, which the host's own attention may well compute, is none for the kernels of any method; or None."""
+    query, key, value = call.query, call.key, call.value
+    if not (query.numel() and key.numel()):
+        return "no tokens"
+    if not query.dtype == key.dtype == value.dtype:
+        return "queries, keys and values of different dtypes"
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        return "keys and values that the batch shares"
+    if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
+        return "query heads that are no multiple of the key heads"
+    if value.shape[-1] > key.shape[-1]:
+        return "values wider than keys"
+    if query.shape[0] * query.shape[1] > MOST_SEQUENCES:
+        return f"more than {MOST_SEQUENCES} sequences and heads at once"
+    return None
+
+
+def as_autocast(call: AttentionCall) -> AttentionCall:
+    """A call in the dtype to which torch.autocast brings attention, as it does where it meets the host's own."""
+    device = call.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    dtype = torch.get_autocast_dtype(device)
+    tensors = {name: getattr(call, name) for name in ("query", "key", "value")}
+    changed = {name: x.to(dtype) for name, x in tensors.items() if x.dtype != dtype and x.dtype in _AUTOCAST_DTYPES}
+    return replace(call, **changed) if changed else call
+
+
+def as_wide_as_keys(call: AttentionCall) -> AttentionCall:
+    """A call whose values are narrower than its keys (latent attention of the DeepSeek class) with zeros behind them,
+    so that methods and kernels know one width. The output has the zeros, too: cut it, whoever computed it."""
+    missing = call.key.shape[-1] - call.value.shape[-1]
+    return call if not missing else replace(call, value=torch.nn.functional.pad(call.value, (0, missing)))
+
+
 class AttentionRunner:
     """Runs an attention method inside the seam: dense gate, grid check, state per layer and generation.
 
@@ -110,6 +149,7 @@ class AttentionRunner:
         self._states = {}
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
+        call = as_autocast(call)
         if call.layer.index < self._resolve("dense_layers", call.layer.count):
             return call.fallback("dense layer (dense_layers)")
         if "token grid" in self.method.facts.needs:
@@ -120,6 +160,11 @@ class AttentionRunner:
                 return call.fallback(f"{lengths[0]} x {lengths[1]} tokens disagree with the grid {call.grid}")
         if (reason := self._cannot(call)) is not None:
             return call.fallback(reason)
+        width = call.value.shape[-1]
+        return self._run(as_wide_as_keys(call))[..., :width]
+
+    def _run(self, call: AttentionCall) -> torch.Tensor:
+        """A call that the method can take, unless it is not asked to."""
         if self._slower_than_dense(call):
             return call.fallback("slower than dense at this shape (on_slow)")
         # A cache may run half of a guidance batch within a generation, and tiles may differ in size.
@@ -140,7 +185,7 @@ class AttentionRunner:
             return f"dtype {str(call.query.dtype).removeprefix('torch.')}"
         if call.query.shape[0] > 1 and not facts.batched:
             return "batch > 1"
-        return None
+        return why_no_kernel(call)
 
     def _slower_than_dense(self, call: AttentionCall) -> bool:
         """Ask once per shape, note the answer once; whether it means that this call runs dense."""

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from hf_accel.errors import NothingPatched
 from hf_accel.facts import Medium
@@ -35,6 +34,7 @@ from hf_accel.hosts.walk import with_attribute
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched, Skipped
 from hf_accel.sites.attention import transformers as language
+from hf_accel.sites.attention.interception import SdpaMode, gradients_needed, others, seen_by_others, taken_by
 from hf_accel.sites.attention.seam import (
     AttentionCore,
     AttentionSeam,
@@ -193,7 +193,7 @@ def _patch_dispatch(
     processor: Any = attention.processor
     context.native[index] = processor._attention_backend
     ledger.set(processor, "_attention_backend", _private_member(name))
-    context.members.append((processor, _private_member(name)))
+    context.places.append(_DispatchPlace(attention, processor, _private_member(name)))
 
 
 def _dispatched_attention(
@@ -210,6 +210,13 @@ def _dispatched_attention(
     """The private backend. ``[B, S, H, D]`` in and out; diffusers passes the arguments it finds by name."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = gradients_needed(query, key, value)
+    if torch.compiler.is_compiling() and others() is not None:
+        from hf_accel.hosts.patching.outside import outside_the_graph
+
+        return outside_the_graph(
+            _dispatched_attention, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            _parallel_config,
+        )  # fmt: skip
     if torch.compiler.is_compiling() and _parallel_config is None and not dropout_p:
         return torch.ops.hf_accel.attend(query, key, value, attn_mask, scale, is_causal, enable_gqa, False, needs_grad)
 
@@ -224,6 +231,8 @@ def _dispatched_attention(
     context = active_context()
     if context is None:
         return dense(None).transpose(1, 2)
+    if (who := others()) is not None:
+        return seen_by_others(who, context, dense).transpose(1, 2)
     if _parallel_config is not None or dropout_p:
         return context.run_dense("context parallelism or dropout is on", dense).transpose(1, 2)
     out = context.attend(
@@ -257,53 +266,6 @@ def _trainable_attention(
 # -- processors that call scaled_dot_product_attention -------------------------------------------------------------
 
 
-class _SdpaMode(TorchFunctionMode):
-    """Sends ``F.scaled_dot_product_attention`` to the seam while a patched processor runs."""
-
-    def __init__(self, trainable: bool):
-        super().__init__()
-        self.trainable = trainable
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            attention = _trainable_sdpa_attention if self.trainable else _sdpa_attention
-            return attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _sdpa_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Same arguments as ``F.scaled_dot_product_attention``; ``[B, H, S, D]``."""
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    needs_grad = gradients_needed(query, key, value)
-    if torch.compiler.is_compiling() and not dropout_p:
-        return torch.ops.hf_accel.attend(query, key, value, attn_mask, factor, is_causal, enable_gqa, True, needs_grad)
-
-    def dense(native: Any) -> torch.Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-
-    context = active_context()
-    if context is None:
-        return dense(None)
-    if dropout_p:
-        return context.run_dense("dropout is on", dense)
-    return context.attend(query, key, value, attn_mask, factor, is_causal, needs_grad, dense)
-
-
-def _trainable_sdpa_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
-    """:func:`_sdpa_attention` for a method that gradients flow through; see :func:`_trainable_attention`."""
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if torch.compiler.is_compiling() and gradients_needed(query, key, value):
-        from hf_accel.hosts.patching.outside import outside_the_graph
-
-        return outside_the_graph(_sdpa_attention, *arguments)
-    return _sdpa_attention(*arguments)
-
-
 @functools.cache
 def _patched_class(base: type, trainable: bool) -> type:
     """Subclass of a processor's class that runs the original ``__call__`` inside the mode.
@@ -314,10 +276,24 @@ def _patched_class(base: type, trainable: bool) -> type:
 
     @functools.wraps(original)
     def call(self, *args, **kwargs):
-        with _SdpaMode(trainable):
-            return original(self, *args, **kwargs)
+        who = others()
+        if torch.compiler.is_compiling():
+            with SdpaMode(trainable, last=who is not None):
+                return original(self, *args, **kwargs)
+        with SdpaMode(trainable, last=who is not None) as mode:
+            out = original(self, *args, **kwargs)
+        if not mode.calls and (context := active_context()) is not None:
+            if who is not None:
+                return context.run_dense(taken_by(who), lambda native: out)
+            context.ran_silently()
+        return out
 
-    return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
+    patched = type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
+    _PATCHED_CLASSES.add(patched)
+    return patched
+
+
+_PATCHED_CLASSES: set[type] = set()
 
 
 def _register_processor(base: type, trainable: bool) -> Callable[[], None]:
@@ -340,14 +316,79 @@ def _patch_sdpa(attention: torch.nn.Module, context: AttentionSeam, ledger: Ledg
     twin.__class__ = _patched_class(base, trainable)
     ledger.hold(SharedRegistration((base, trainable), functools.partial(_register_processor, base, trainable)))
     ledger.set(attention, "processor", twin)
+    context.places.append(_SdpaPlace(attention, base))
+
+
+# -- what becomes of it afterwards ---------------------------------------------------------------------------------
+
+AGAIN = "take the method off with hf_accel.revert(model, force=True), then apply it again"
+
+
+class _DispatchPlace:
+    """An attention whose processor names our backend."""
+
+    def __init__(self, attention: Any, processor: Any, member: Any):
+        self.attention, self.processor, self.member = attention, processor, member
+
+    @property
+    def silent(self) -> str:
+        return _other_forward(self.attention) or (
+            f"its {type(self.processor).__name__} did not call diffusers' attention dispatcher"
+        )
+
+    def replaced(self) -> str | None:
+        current = self.attention.processor
+        if current is not self.processor and getattr(current, "_attention_backend", None) is not self.member:
+            return _replaced_by(current)
+        if current._attention_backend is not self.member:
+            return "set_attention_backend() was called after apply(); revert, set the backend, apply again"
+        return None
+
+    def may_be_skipped(self) -> bool:
+        return _hooked(self.attention)
+
+
+class _SdpaPlace:
+    """An attention whose processor was exchanged for one that runs inside :class:`SdpaMode`."""
+
+    def __init__(self, attention: Any, base: type):
+        self.attention, self.base = attention, base
+
+    @property
+    def silent(self) -> str:
+        return _other_forward(self.attention) or (
+            f"its {self.base.__name__} calls no scaled_dot_product_attention; undo what put it there (attention "
+            "slicing, a recorder of attention maps) or model.set_attn_processor(AttnProcessor2_0()), before apply()"
+        )
+
+    def replaced(self) -> str | None:
+        current = self.attention.processor
+        # Loaders make other objects of the class that they find; those run as well.
+        return None if type(current) in _PATCHED_CLASSES else _replaced_by(current)
+
+    def may_be_skipped(self) -> bool:
+        return _hooked(self.attention)
+
+
+def _replaced_by(processor: Any) -> str:
+    return f"its processor was replaced by {type(processor).__name__} after apply(); to have the method back, {AGAIN}"
+
+
+def _other_forward(attention: torch.nn.Module) -> str | None:
+    """In words, if somebody overrides the forward of this very module."""
+    own = attention.__dict__.get("forward")
+    if own is None or getattr(own, "__func__", None) is type(attention).forward:
+        return None
+    return "its forward was replaced, and did not come to the processor; undo that, or take the method off"
+
+
+def _hooked(attention: torch.nn.Module) -> bool:
+    """Whether a hook of diffusers, which may skip what it stands around, is on an attention module."""
+    registry = attention.__dict__.get("_diffusers_hook")
+    return registry is not None and bool(registry.hooks)
 
 
 # -- the opaque operator under torch.compile -----------------------------------------------------------------------
-
-
-def gradients_needed(*tensors: torch.Tensor) -> bool:
-    """Whether autograd would record an operation on these."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _reference(query, key, value, mask, scale, causal, gqa, heads_first):
@@ -371,6 +412,8 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of a compiled model: runs the eager seam at every call. Layout as ``heads_first`` says."""
     context = active_context()
+    if context is not None:
+        context.leave_layer()
     if context is None or needs_grad:
         if context is not None:
             context.run.dense_calls["gradients are needed and the method has no backward"] += 1

@@ -16,18 +16,23 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid
+from hf_accel.attention.call import AttentionCall, Layer, Step, TokenGrid, span_of
+from hf_accel.attention.masks import MaskMemo, hidden_keys
 from hf_accel.hosts.clocks.steps import Clock, Clocks
 from hf_accel.hosts.denoisers import Denoiser, dims_from_ids, level_of
 from hf_accel.kernels.common import kernel_log
 from hf_accel.requests import Occupied, PerRequest, Request, by_key, in_backward
 from hf_accel.sites.attention.statistics import AttentionStatistics
+
+# A call of an IP adapter, say, in an attention that has had its own: it is over other keys.
+FURTHER = "a further attention within one layer"
 
 
 class AttentionCore(Protocol):
@@ -43,6 +48,22 @@ class AttentionCore(Protocol):
 
     def fork(self) -> AttentionCore:
         """One more of the kind, for another request."""
+
+
+class Place(Protocol):
+    """One patched attention, as its host sees it.
+
+    Attributes:
+        silent: why it may go by without a call of ours though nobody changed it, in words with what to do.
+    """
+
+    silent: str
+
+    def replaced(self) -> str | None:
+        """What was changed after apply(), so that ours is not called, in words with what to do; None if nothing."""
+
+    def may_be_skipped(self) -> bool:
+        """Whether somebody's hook stands around it, which may reuse what it computed before."""
 
 
 class OrderMaker(Protocol):
@@ -74,6 +95,7 @@ class _Active(threading.local):
 
     context: AttentionSeam | None = None
     layer: int | None = None
+    answered = False  # the layer's own attention was computed
 
 
 _ACTIVE = _Active()
@@ -94,7 +116,8 @@ class AttentionSeam:
         self.clock: Clock = clocks.shared
         self.layers = [Layer(name, index, len(names)) for index, name in enumerate(names)]
         self.native: list[Any] = [None] * len(names)
-        self.members: list[tuple[Any, Any]] = []
+        self.places: list[Place] = []
+        self.shown: int | None = None
         self.grid: TokenGrid | None = None
         self.token_order: OrderMaker | None = None
         self.order: torch.Tensor | None = None
@@ -105,6 +128,11 @@ class AttentionSeam:
         self._ordinal = 0
         self._item = 0
         self._calls = 0
+        self._entered: set[int] = set()
+        self._silent: set[int] = set()
+        self._unended = False
+        self._said: set[str] = set()
+        self._masks = MaskMemo()
         self._expected: Sequence[int] | None = None
         self._outer: AttentionSeam | None = None
         self._occupied = Occupied()
@@ -112,7 +140,8 @@ class AttentionSeam:
     def fork(self, request: Request) -> AttentionSeam:
         twin = copy.copy(self)
         twin.core, twin.run, twin.clock = self.core.fork(), AttentionStatistics(), self.clocks.for_request(request)
-        twin.moved, twin._occupied = Moved(), Occupied()
+        twin.moved, twin._occupied, twin._masks = Moved(), Occupied(), MaskMemo()
+        twin._entered, twin._silent = set(), set()
         return twin
 
     @property
@@ -140,6 +169,7 @@ class AttentionSeam:
         if dims is None and ids is not None:
             dims = dims_from_ids(ids, latents.shape[1])
         self.grid = TokenGrid(*dims, text=self.spec.text) if dims is not None else None
+        self.shown = latents.shape[1] if self.spec.packed else None
         self.order = None
         step = self.clock.begin(timestep, latents, prompt, compiled=compiled)
         if step.generation != self._generation:
@@ -151,13 +181,21 @@ class AttentionSeam:
     def _enter(self, batch: int, compiled: bool) -> None:
         """Layers are counted from here on, and belong to this context. A compiled forward does not end: it is the
         active one until the next."""
+        self._judge_compiled()
+        self._unended = compiled
+        if compiled:
+            self._count_unseen(place.replaced() for place in self.places)
         self.run.forwards += 1
         self._batch, self._ordinal, self._item, self._calls, self._expected = batch, 0, 0, 0, None
+        self._entered.clear()
+        self._silent.clear()
+        self._masks.begin_forward()
         self._outer = _ACTIVE.context if _ACTIVE.context is not self and not compiled else None
         _ACTIVE.context, _ACTIVE.layer = self, None
 
     def finish(self) -> None:
         """The pipeline call ended, or a forward raised: nothing of the generation is kept."""
+        self._judge_compiled()
         self.clock.finish()
         self.core.reset()
         self._generation = -1
@@ -170,40 +208,80 @@ class AttentionSeam:
         self._outer = None
         if raised:
             self.finish()
-        elif self._calls == 0:
-            self._say_if_replaced()
+        elif self._entered and self.places:
+            self._count_unseen(self._why_unseen(index) for index in self._entered)
 
-    def _say_if_replaced(self) -> None:
-        gone = sum(getattr(processor, "_attention_backend", None) is not member for processor, member in self.members)
-        reason = "set_attention_backend() was called after apply(); revert, set the backend, apply again"
-        if gone and not self.run.dense_calls[reason]:
-            warnings.warn(f"hf_accel: {gone} patched attentions no longer run the method: {reason}.", stacklevel=2)
-        if gone:
-            self.run.dense_calls[reason] += gone
+    def _why_unseen(self, layer: int) -> str | None:
+        place = self.places[layer]
+        if (reason := place.replaced()) is not None:
+            return reason
+        return place.silent if layer in self._silent or not place.may_be_skipped() else None
+
+    def ran_silently(self) -> None:
+        """The attention that runs now has computed something without a call of ours."""
+        if _ACTIVE.layer is not None:
+            self._silent.add(_ACTIVE.layer)
+
+    def _judge_compiled(self) -> None:
+        """Nobody tells when a compiled forward ends; the next begins, or its pipeline call is over."""
+        if self._unended and self._calls == 0:
+            words = "a compiled forward came to none of its patched attentions"
+            unseen = (None if one.replaced() or one.may_be_skipped() else words for one in self.places)
+            self._count_unseen(unseen)
+        self._unended = False
+
+    def _count_unseen(self, reasons: Iterable[str | None]) -> None:
+        """Count attentions that ran without a call of ours, with the reason; warn of each once, with what to do, which
+        is what stands behind the first semicolon."""
+        for reason, times in Counter(reason for reason in reasons if reason is not None).items():
+            self.run.dense_calls[reason.partition(";")[0]] += times
+            if reason not in self._said:
+                self._said.add(reason)
+                words = f"{times} of {len(self.layers)} patched attentions ran without the method: {reason}"
+                warnings.warn(f"hf_accel: {words}.", stacklevel=2)
 
     def expect(self, layers: Sequence[int] | None) -> None:
         """This forward runs only these layers, in this order; None for all of them. Until the next forward begins."""
         self._expected = layers
 
+    def leave_layer(self) -> None:
+        """The call that comes now is in a graph: no hook has said which layer runs."""
+        _ACTIVE.layer = None
+
     def enter_layer(self, index: int) -> None:
         """Attention module ``index`` is about to run (eager only)."""
-        _ACTIVE.context, _ACTIVE.layer, self._item = self, index, 0
+        _ACTIVE.context, _ACTIVE.layer, _ACTIVE.answered, self._item = self, index, False, 0
+        self._entered.add(index)
         self._ordinal = (index + 1) * (self._batch if self.spec.per_item else 1)
 
     def _locate(self) -> tuple[Layer | None, int]:
         """Layer and batch item of the attention call that comes now."""
         if _ACTIVE.layer is not None:
             index, item = _ACTIVE.layer, self._item
+            self._entered.discard(index)
             if self.spec.per_item:
                 self._item += 1
-            else:
-                _ACTIVE.layer = None
+            elif _ACTIVE.answered:
+                return None, 0
+            _ACTIVE.answered = True
             return self.layers[index], item
         place, item = divmod(self._ordinal, self._batch) if self.spec.per_item else (self._ordinal, 0)
         self._ordinal += 1
         if self._expected is not None:
             place = self._expected[place] if place < len(self._expected) else len(self.layers)
         return (self.layers[place], item) if place < len(self.layers) else (None, 0)
+
+    @property
+    def calls(self) -> int:
+        """Attention calls of this forward so far."""
+        return self._calls
+
+    def native_of_next(self) -> Any:
+        """The native backend of the layer whose call comes next."""
+        if _ACTIVE.layer is not None:
+            return self.native[_ACTIVE.layer]
+        place = self._ordinal // self._batch if self.spec.per_item else self._ordinal
+        return self.native[place] if place < len(self.native) else None
 
     def _grid_for(self, tokens: int) -> TokenGrid | None:
         if self.grid is None or not self.spec.levels:
@@ -216,7 +294,12 @@ class AttentionSeam:
         layer, _ = self._locate()
         self._calls += 1
         self.run.dense_calls[reason] += 1
-        return dense(self.native[layer.index] if layer is not None else None)
+        return dense(self._native(layer))
+
+    def _native(self, layer: Layer | None) -> Any:
+        """The native backend of a layer; of the one that runs where the call is not its own."""
+        index = layer.index if layer is not None else _ACTIVE.layer
+        return self.native[index] if index is not None else None
 
     def attend(
         self,
@@ -233,17 +316,22 @@ class AttentionSeam:
 
         ``dense`` takes the layer's native backend and returns ``[B, H, S, D]``.
         """
+        if not query.dim() == key.dim() == value.dim() == 4:
+            return self.run_dense("queries, keys and values without batch or heads", dense)
         layer, item = self._locate()
         self._calls += 1
         if layer is None:
-            self.run.dense_calls["more attention calls than patched layers in one forward"] += 1
-            return dense(None)
+            many = "more attention calls than patched layers in one forward"
+            self.run.dense_calls[FURTHER if _ACTIVE.layer is not None else many] += 1
+            return dense(self._native(None))
         step = self.step
         if step is None:
             self.run.dense_calls["called outside a forward of the model"] += 1
             return dense(self.native[layer.index])
-        if mask is not None and self.spec.mask == "outer" and mask.ndim == 4 and mask.shape[2] > 1:
-            mask = mask[:, :, :1]
+        if mask is not None and mask.ndim == 4 and mask.shape[2] > 1:
+            hidden = self._masks.get(mask, lambda: hidden_keys(mask, outer=self.spec.mask == "outer"))
+            mask = mask if hidden is None else hidden
+        grid, tokens = self._grid_for(query.shape[2]), query.shape[2]
         call = AttentionCall(
             query,
             key,
@@ -252,11 +340,12 @@ class AttentionSeam:
             scale,
             causal,
             layer,
-            self._grid_for(query.shape[2]),
+            grid,
             step,
             lambda: dense(self.native[layer.index]),
             item,
             self.order,
+            span_of(self.shown, tokens, self.spec.text) if self.shown is not None and grid is None else None,
         )
         timing = self.run.stopwatch.section(query.device) if self.timed else contextlib.nullcontext()
         with timing, kernel_log.logging_to(call.notes.setdefault("kernels", {})):

@@ -51,7 +51,6 @@ class Door:
         arguments: arguments that hold one row per token, or lists of such tensors, by token axis. A tensor with one
             row, or without that axis, holds for all tokens and stays.
         modules: submodules whose output holds one row per token.
-        packed: the output has one row per token (else it is latents).
         frames_at: axis of the frames in latents with five axes.
         refuse: ``(module, arguments) -> reason`` why a forward cannot be moved, or None.
     """
@@ -59,7 +58,6 @@ class Door:
     latents: tuple[str, ...] = ()
     arguments: Mapping[str, int] = field(default_factory=dict)
     modules: Mapping[str, Rows] = field(default_factory=dict)
-    packed: bool = False
     frames_at: int = 2
     refuse: Callable[[Any, Mapping[str, Any]], str | None] = lambda module, arguments: None
 
@@ -100,18 +98,16 @@ DOORS: dict[str, Door] = {
     "PixArtTransformer2DModel": Door(modules={"pos_embed": Rows(1)}, refuse=_pixart),
     "MochiTransformer3DModel": Door(latents=("hidden_states",), modules={"rope": Rows(0)}),
     "LTXVideoTransformer3DModel": Door(
-        arguments={"hidden_states": 1, "timestep": 1}, modules={"rope": Rows(1)}, packed=True
+        arguments={"hidden_states": 1, "timestep": 1}, modules={"rope": Rows(1)}
     ),
     "FluxTransformer2DModel": Door(
         arguments={
             "hidden_states": 1, "img_ids": -2, "controlnet_block_samples": 1, "controlnet_single_block_samples": 1,
         },
-        packed=True,
     ),
     "QwenImageTransformer2DModel": Door(
         arguments={"hidden_states": 1, "controlnet_block_samples": 1},
         modules={"pos_embed": Rows(0, item=0)},
-        packed=True,
     ),
 }  # fmt: skip
 
@@ -201,7 +197,7 @@ class EntryHook:
         state, moved = self.state, self.state.moved
         moved.order = moved.inverse = None
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        moved.dims = None if self.door.packed else state.spec.dims(module, arguments)
+        moved.dims = None if state.spec.packed else state.spec.dims(module, arguments)
         latents = arguments[state.spec.latents]
         tokens = latents.shape[1] if moved.dims is None else math.prod(moved.dims)
         moved.reason = self._cannot(module, arguments, tokens, moved.dims)
@@ -282,7 +278,7 @@ class ExitHook:
 
     def _back(self, sample: torch.Tensor, inverse: torch.Tensor, dims: Dims | None) -> torch.Tensor:
         inverse = inverse.to(sample.device)  # offloading may leave the output elsewhere
-        if self.door.packed:
+        if self.state.spec.packed:
             return sample.index_select(1, inverse)
         return move_patches(sample, inverse, _known(dims), self.door.frames_at)
 

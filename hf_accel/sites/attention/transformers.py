@@ -1,31 +1,35 @@
 """Attention of causal language models in transformers, during the prefill.
 
-The seam is transformers' ``AttentionInterface``: the configuration of the patched model names an attention function and
-a mask function of ours, registered while any model needs them. Both hand on to the functions the model had, so that a
-second model which shares the configuration object computes what it did.
+The seam is transformers' ``AttentionInterface``: attention functions of ours are registered while any model needs them.
+The patched attention modules read a view of their configuration that names ours, and only they do: the model's own
+configuration, and with it how masks are made, stays as it is. Ours hand on to the function the module would have
+called, also after ``model.set_attn_implementation(...)``.
+
+The seam stands on the network that holds the decoder layers, which a language model with a head calls as often as
+trainers with losses of their own and users of embeddings do.
 
 A method sees the prefill (more than one query). Decoding steps run the model's own attention and are counted.
 """
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from hf_accel.attention.call import Step
+from hf_accel.attention.masks import split_causal
 from hf_accel.errors import NothingPatched
 from hf_accel.hosts import attention_interface
-from hf_accel.hosts.attention_interface import ALTERING, NATIVE, native_function
+from hf_accel.hosts.attention_interface import ALTERING, NATIVE, native_function, renamed
 from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.denoisers import Denoiser
 from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
+from hf_accel.sites.attention.interception import gradients_needed, others, seen_by_others
 from hf_accel.sites.attention.seam import (
     AttentionCore,
     AttentionSeam,
@@ -53,8 +57,9 @@ def why_not(module: torch.nn.Module) -> str | None:
     if seams_of(module) is not None:
         return "its attention is already taken by another hf_accel method"
     name = type(module).__name__
+    found = attentions(module)
     able = getattr(type(module), "_can_set_attn_implementation", None)
-    if not attentions(module) or able is None or not able():
+    if not found or able is None or not able():
         return f"{name} does its own attention and does not ask transformers' AttentionInterface"
     implementation = module.config._attn_implementation  # type: ignore[union-attr]
     if implementation not in NATIVE:
@@ -62,7 +67,7 @@ def why_not(module: torch.nn.Module) -> str | None:
             f"{name} runs attention as {implementation!r}; call model.set_attn_implementation('sdpa') first "
             f"(known: {', '.join(NATIVE)})"
         )
-    if not all(sub.is_causal for _, sub in attentions(module)):
+    if not all(sub.is_causal for _, sub in found):
         return f"{name} has attention that is not causal"
     return None
 
@@ -73,7 +78,6 @@ class LanguageContext(AttentionSeam):
     def __init__(self, names: list[str], core: AttentionCore, clocks: Clocks):
         super().__init__(Denoiser((), _no_grid, medium="text"), names, core, clocks)
         self._step: Step | None = None
-        self._split: tuple[weakref.ref, tuple[int, torch.Tensor | None] | None] | None = None
 
     @property
     def step(self) -> Step | None:
@@ -96,7 +100,6 @@ class LanguageContext(AttentionSeam):
             self._step = Step(0, None, 0.0, 0.0, "prefill", self._generation)
             self.run.begin_generation()
             self.core.reset()
-        self._split = None
         self._enter(latents.shape[0], compiled)
 
     def attend(
@@ -115,47 +118,12 @@ class LanguageContext(AttentionSeam):
         if mask is None:  # transformers then means query i to see keys up to i: the rest of a static cache is empty
             keys = query.shape[2] if causal else key.shape[2]
             return super().attend(query, key[:, :, :keys], value[:, :, :keys], None, scale, causal, needs_grad, dense)
-        split = self._causal_part(mask)
+        split = self._masks.get(mask, lambda: split_causal(mask))
         if split is None:
             return self.run_dense("a mask that is not causal with hidden keys (a sliding window, packed texts)", dense)
         keys, valid = split
         hidden = valid[:, None, None, :] if valid is not None else None
         return super().attend(query, key[:, :, :keys], value[:, :, :keys], hidden, scale, True, needs_grad, dense)
-
-    def _causal_part(self, mask: torch.Tensor) -> tuple[int, torch.Tensor | None] | None:
-        """:func:`split_causal`, once for the layers of a forward that are handed the same mask."""
-        if self._split is None or self._split[0]() is not mask:
-            self._split = weakref.ref(mask), split_causal(mask)
-        return self._split[1]
-
-
-def split_causal(mask: torch.Tensor) -> tuple[int, torch.Tensor | None] | None:
-    """A mask as "causal, and these keys are hidden", or None if it is something else.
-
-    Args:
-        mask: ``[B, 1, Sq, Sk]``, bool (True = attend) or additive.
-
-    Returns:
-        ``keys``, the number of leading keys with which the last query is aligned (a static cache is longer), and the
-        visible ones among them ``[B, keys]`` bool, or None if all are. Rows of hidden queries are not judged: what
-        they compute is not read. Waits for the device.
-    """
-    if mask.ndim != 4 or mask.shape[1] != 1:
-        return None
-    attend = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
-    queries = attend.shape[1]
-    seen = attend[:, -1].any(0).nonzero()
-    keys = int(seen[-1]) + 1 if len(seen) else 0
-    if keys < queries:
-        return None
-    valid = attend[:, -1, :keys]
-    place = torch.arange(attend.shape[2], device=mask.device)
-    causal = place <= (torch.arange(queries, device=mask.device) + keys - queries)[:, None]
-    expected = torch.nn.functional.pad(valid, (0, attend.shape[2] - keys))[:, None] & causal
-    judged = valid[:, keys - queries :, None]
-    if not bool(((attend == expected) | ~judged).all()):
-        return None
-    return keys, (None if bool(valid.all()) else valid)
 
 
 def _no_grid(module: torch.nn.Module, arguments: Mapping[str, Any]) -> None:
@@ -190,23 +158,60 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
     found = attentions(model.module)
     seams = AttentionSeams(LanguageContext([name for name, _ in found], core, clock))
     report.run = seams
-    implementation: str = model.module.config._attn_implementation  # type: ignore[union-attr, assignment]
-    ledger.hold(SharedRegistration(PREFIX + implementation, functools.partial(_register, implementation)))
-    configs = {id(config): config for config in (model.module.config, *(sub.config for _, sub in found))}
-    for config in configs.values():
-        ledger.set(config, "_attn_implementation_internal", PREFIX + implementation)
+    ledger.hold(SharedRegistration(PREFIX, _register))
     for index, (name, attention) in enumerate(found):
+        ledger.set(attention, "config", renamed(attention.config, PREFIX))
         ledger.pre_hook(attention, LayerHook(seams, index))
+        seams.shared.places.append(_LanguagePlace(attention, attention.config))
         report.patched.append(Patched(model.name, name, "attention through transformers' AttentionInterface"))
-    ledger.pre_hook(model.module, PrefillHook(seams))
-    ledger.post_hook(model.module, EndHook(seams))
+    stacks = [decoder_of(model.module, name) for name, _ in found]
+    stack = stacks[0] if all(one is stacks[0] for one in stacks) else model.module
+    ledger.pre_hook(stack, PrefillHook(seams))
+    ledger.post_hook(stack, EndHook(seams))
     return seams
 
 
-def _register(implementation: str) -> Callable[[], None]:
-    """Our attention function in front of that of ``implementation``; returns the removal."""
-    function = functools.partial(_attention, implementation)
-    return attention_interface.register(PREFIX + implementation, function, masks_of=implementation)
+def decoder_of(module: torch.nn.Module, attention: str) -> torch.nn.Module:
+    """The network that holds the decoder layers: the innermost model of transformers around an attention module of this
+    dotted name."""
+    from transformers import PreTrainedModel
+
+    found, inner = module, module
+    for name in attention.split("."):
+        inner = getattr(inner, name)
+        if isinstance(inner, PreTrainedModel):
+            found = inner
+    return found
+
+
+class _LanguagePlace:
+    """An attention module that reads our attention function's name from a view of its configuration."""
+
+    def __init__(self, attention: Any, view: Any):
+        self.attention, self.view = attention, view
+
+    @property
+    def silent(self) -> str:
+        return f"its {type(self.attention).__name__} did not ask transformers' AttentionInterface"
+
+    def replaced(self) -> str | None:
+        current = self.attention.config
+        if current is not self.view:
+            return "it was given another configuration after apply(); hf_accel.revert(model, force=True), apply again"
+        if (implementation := current._attn_implementation_internal) in NATIVE:
+            return None
+        return (
+            f"model.set_attn_implementation({implementation!r}) was called after apply(); methods stand in front of "
+            f"{' and '.join(map(repr, NATIVE))}, so set one of them"
+        )
+
+    def may_be_skipped(self) -> bool:
+        return False
+
+
+def _register() -> Callable[[], None]:
+    """Our attention functions in front of transformers'; returns the removal."""
+    return attention_interface.register(PREFIX, _attention)
 
 
 def _attention(
@@ -218,26 +223,37 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An attention function of transformers: ``[B, H, S, D]`` in, ``[B, S, H, D]`` and no weights out."""
+    """An attention function of transformers: ``[B, H, S, D]`` in; ``[B, S, H, D]`` out, and the weights where the
+    model's own attention ran and has them."""
     native = native_function(implementation, module)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    causal = attention_mask is None and query.shape[2] > 1 and kwargs.get("is_causal") is not False
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if torch.compiler.is_compiling() and not _alters(kwargs):
+    # Without a mask transformers' sdpa means a causal one, and its eager attention none.
+    implied = implementation != "eager" and kwargs.get("is_causal") is not False
+    causal = attention_mask is None and query.shape[2] > 1 and implied
+    needs_grad = gradients_needed(query, key, value)
+    shown = bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
+    if torch.compiler.is_compiling() and not shown and not _alters(kwargs) and others() is None:
         grouped = query.shape[1] != key.shape[1]
         out = torch.ops.hf_accel.attend(query, key, value, attention_mask, scale, causal, grouped, True, needs_grad)
         return out.transpose(1, 2), None
     context = None if torch.compiler.is_compiling() else active_context()
-    if context is None or kwargs.get("output_attentions"):
+    if context is None:
         return native(module, query, key, value, attention_mask, **kwargs)
 
-    def dense(_: Any) -> torch.Tensor:
-        return native(module, query, key, value, attention_mask, **kwargs)[0].transpose(1, 2)
+    weights: torch.Tensor | None = None
 
-    if (reason := _alters(kwargs)) is not None:
-        return context.run_dense(reason, dense).transpose(1, 2), None
-    out = context.attend(query, key, value, attention_mask, scale, causal, needs_grad, dense)
-    return out.transpose(1, 2), None
+    def dense(_: Any) -> torch.Tensor:
+        nonlocal weights
+        out, weights = native(module, query, key, value, attention_mask, **kwargs)
+        return out.transpose(1, 2)
+
+    if (reason := "attention weights are asked for" if shown else _alters(kwargs)) is not None:
+        out = context.run_dense(reason, dense)
+    elif (who := others()) is not None:
+        out = seen_by_others(who, context, dense)
+    else:
+        out = context.attend(query, key, value, attention_mask, scale, causal, needs_grad, dense)
+    return out.transpose(1, 2), weights
 
 
 def _alters(kwargs: Mapping[str, Any]) -> str | None:

@@ -49,9 +49,9 @@ def forward_without_cache(cls: Any) -> Callable:
     return forward
 
 
-def register(implementation: str) -> Callable[[], None]:
-    """Our attention function for decoder attentions, over that of ``implementation``; returns the removal."""
-    return attention_interface.register(PREFIX + implementation, functools.partial(_attention, implementation))
+def register() -> Callable[[], None]:
+    """Our attention functions for decoder attentions, over those of transformers; returns the removal."""
+    return attention_interface.register(PREFIX, _attention)
 
 
 def _attention(

@@ -11,7 +11,6 @@ through the ledger.
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from hf_accel.errors import NothingPatched
-from hf_accel.hosts.attention_interface import NATIVE
+from hf_accel.hosts.attention_interface import NATIVE, renamed
 from hf_accel.hosts.block_families import (
     DIFFUSION_GEMMA,
     LLADA2,
@@ -95,17 +94,14 @@ def install(model: Model, core: PrefixCore, ledger: Ledger, report: MethodReport
     seams = PrefixSeams(PrefixSeam(context, core, [name for name, _ in found]))
     report.run = seams
     if gemma:
-        implementation: str = module.config._attn_implementation
-        register = functools.partial(block_gemma.register, implementation)
-        ledger.hold(SharedRegistration(block_gemma.PREFIX + implementation, register))
+        ledger.hold(SharedRegistration(block_gemma.PREFIX, block_gemma.register))
     make = block_gemma.forward_without_cache if gemma else block_sdar.split_forward
     forwards = {cls: make(cls) for cls in {type(attention) for _, attention in found}}
     for index, (name, attention) in enumerate(found):
         ledger.set(attention, SEAT, Seat(seams, index))
         if gemma:
-            config = copy.copy(attention.config)  # the encoder, which shares it, keeps its own attention
-            config._attn_implementation_internal = block_gemma.PREFIX + implementation
-            ledger.set(attention, "config", config)
+            # The encoder, which has the same configuration, keeps its own attention.
+            ledger.set(attention, "config", renamed(attention.config, block_gemma.PREFIX))
         override_forward(ledger, attention, types.MethodType(forwards[type(attention)], attention))
         report.patched.append(Patched(model.name, name, f"attention of denoising steps ({family.name})"))
     if core.traceable and not gemma:

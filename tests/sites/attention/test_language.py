@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -172,15 +176,123 @@ def test_undo_is_exact_and_nothing_of_ours_stays_registered():
         dense = model(ids).logits
     applied = hf_accel.apply(model, "dense")
     twin = copy.deepcopy(model)
-    assert model.config._attn_implementation == "hf_accel-sdpa"
+    assert model.config._attn_implementation == "sdpa"
     applied.revert()
     assert vars(model.config) == before
     with torch.no_grad():
         assert torch.equal(model(ids).logits, dense)
         assert torch.allclose(twin(ids).logits, dense, atol=1e-6)  # the copy is still patched
     hf_accel.revert(twin)
-    assert "hf_accel-sdpa" not in AttentionInterface._global_mapping
-    assert "hf_accel-sdpa" not in AttentionMaskInterface._global_mapping
+    assert not [name for name in AttentionInterface._global_mapping if name.startswith("hf_accel")]
+    assert not [name for name in AttentionMaskInterface._global_mapping if name.startswith("hf_accel")]
+
+
+@torch.no_grad()
+def test_the_configuration_is_the_users():
+    model, ids = llama(attn_implementation="eager"), tokens()
+    dense = model(ids, output_attentions=True)
+    shown = model.config.to_dict(), repr(model.config)
+    with hf_accel.apply(model, "sparge", density=1.0) as applied:
+        assert (model.config.to_dict(), repr(model.config)) == shown
+        taken = copy.deepcopy(model.config)
+        of_layer = copy.copy(model.model.layers[0].self_attn.config)
+        model.config.output_attentions = True
+        ours = model(ids)
+        model.config.output_attentions = False
+        assert torch.equal(torch.stack(ours.attentions), torch.stack(dense.attentions))
+        assert run_of(applied).dense_calls == {"attention weights are asked for": 2}
+        model.model.layers[0].self_attn.config.rms_norm_eps = 0.5
+        assert model.config.rms_norm_eps == 0.5
+    for config in (taken, of_layer):
+        assert config._attn_implementation == "eager"
+        LlamaForCausalLM(config)(ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("there", ["sdpa", "eager"])
+@pytest.mark.parametrize("then", ["sdpa", "eager", "flex_attention"])
+def test_another_implementation_after_apply(there, then):
+    model, ids = llama(attn_implementation=there), tokens(2)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    dense = model(ids, attention_mask=mask).logits
+    applied = hf_accel.apply(model, "dense")
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        one.set_attn_implementation(then)
+        said = warnings_of(lambda one=one: one(ids, attention_mask=mask), dense[mask.bool()], mask.bool())
+        assert len(said) == (then == "flex_attention")
+    run = run_of(applied)
+    if then == "flex_attention":
+        assert run.dense_calls == {"model.set_attn_implementation('flex_attention') was called after apply()": 2}
+    else:
+        assert run.sparse_calls == 2
+    applied.revert()
+    assert model.config._attn_implementation == then
+
+
+def warnings_of(forward, expected, seen):
+    """What we warn of in a forward whose logits are as expected."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert torch.allclose(forward().logits[seen], expected, atol=1e-5)
+    return [str(one.message) for one in said if "hf_accel" in str(one.message)]
+
+
+@torch.no_grad()
+def test_the_network_under_the_head_runs_the_method_by_itself():
+    model, ids = llama(), tokens()
+    hidden = model.model(ids).last_hidden_state
+    with hf_accel.apply(model, "dense") as applied:
+        assert torch.equal(model.model(ids).last_hidden_state, hidden)
+        assert run_of(applied).sparse_calls == 2
+        assert run_of(applied).forwards == 1
+        model(ids)
+        assert (run_of(applied).sparse_calls, run_of(applied).forwards) == (4, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["LlamaModel", "Qwen3Model", "Gemma3TextModel", "LlamaForSequenceClassification"])
+def test_a_bare_decoder_is_a_language_model(name):
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    config = cls.config_class(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    model, ids = cls(config).eval(), tokens()
+    plain = model(ids)[0]
+    with hf_accel.apply(model, "sparge", density=1.0) as applied:
+        assert torch.allclose(model(ids)[0], plain, atol=1e-5)
+        assert run_of(applied).sparse_calls == 2
+
+
+@torch.no_grad()
+def test_texts_packed_into_one_row_run_dense_and_are_counted():
+    model, ids = llama(), tokens()
+    places = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    dense = model(ids, position_ids=places, use_cache=False).logits
+    assert torch.allclose(dense[:, 12:], model(ids[:, 12:]).logits, atol=1e-5)  # transformers sees two texts
+    with hf_accel.apply(model, "sparge", density=1.0) as applied:
+        ours = model(ids, position_ids=places, use_cache=False).logits
+        assert sum(run_of(applied).dense_calls.values()) == 2
+    assert torch.allclose(ours, dense, atol=1e-5)
+
+
+@torch.no_grad()
+def test_values_narrower_than_keys_are_exact():
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=32, qk_rope_head_dim=8,
+        qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        first_k_dense_replace=1, n_group=1, topk_group=1, max_position_embeddings=512,
+    )  # fmt: skip
+    model, ids = DeepseekV3ForCausalLM(config).eval(), tokens(1, 192)
+    plain = model(ids).logits
+    with hf_accel.apply(model, "sparge", density=1.0, block_q=64) as applied:
+        assert torch.allclose(model(ids).logits, plain, atol=1e-5)
+        assert run_of(applied).sparse_calls == 2
 
 
 def test_gradients_flow_and_saving_names_no_implementation(tmp_path):

@@ -18,6 +18,7 @@ from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import diffusers as attention_host
+from hf_accel.sites.attention import interception
 from hf_accel.sites.attention.base import AttentionMethod, AttentionRunner
 from hf_accel.sites.attention.seam import context_of
 from hf_accel.testing.models import tiny
@@ -160,7 +161,7 @@ def test_layers_are_told_apart_when_one_is_skipped():
     model = tiny.build("wan", layers=4)
     method, ledger, _ = put(model)
     model.blocks[1].attn1.forward = lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.warns(UserWarning, match="1 of 4 patched attentions .* its forward was replaced"):
         tiny.run(model, "wan")
     assert [c.layer.index for c in method.calls] == [0, 2, 3]
     ledger.undo()
@@ -231,7 +232,7 @@ def test_dropout_in_attention_runs_dense_and_is_counted():
         context.begin(torch.zeros(1, 3, 4, 8, 8), 500.0, (3, 4, 4), None)
         context.enter_layer(0)
         q = torch.randn(1, 2, 54, 16)
-        attention_host._sdpa_attention(q, q, q, dropout_p=0.5)
+        interception._attention(q, q, q, dropout_p=0.5)
         context.end(raised=False)
         assert run_of(applied).dense_calls == {"dropout is on": 1}
         assert run_of(applied).sparse_calls == sparse
@@ -257,7 +258,8 @@ def test_backend_set_after_apply_is_noticed_and_not_overwritten_by_revert():
     for _, module in model.named_modules():
         if getattr(module, "processor", None) is not None:
             module.processor._attention_backend = AttentionBackendName.NATIVE
-    with torch.no_grad(), pytest.warns(UserWarning, match="no longer run the method"):
+    words = "2 of 2 patched attentions ran without the method: set_attention_backend"
+    with torch.no_grad(), pytest.warns(UserWarning, match=words):
         tiny.run(model, "wan")
     with pytest.raises(RevertRefused, match="_attention_backend was replaced"):
         applied.revert()
