@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 import hf_accel
 from hf_accel import registry
@@ -225,6 +225,43 @@ def test_the_decoder_compiles_to_one_graph(small, static, length, fresh_dynamo):
         ours = decoded(torch.compile(small, backend=graphs, fullgraph=True), cache, mask)
     assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
     assert any("page_attention" in name for name in graphs.called)
+
+
+def test_a_compiled_decoder_stops_at_a_mask_it_cannot_look_into(small, fresh_dynamo):
+    cache, mask = encoded(small, 6, static=True)
+    name = next(iter(mask)) if isinstance(mask, dict) else None
+    changed = (mask[name] if name else mask).clone()
+    changed[0, 0, 1] = changed.roll(1, -1)[0, 0, 1]
+    with hf_accel.apply(small, "prefix-split"):
+        compiled = torch.compile(small, backend="eager", fullgraph=True)
+        decoded(compiled, cache, mask)
+        with pytest.raises(RuntimeError, match="some positions of the canvas"):
+            decoded(compiled, cache, {**mask, name: changed} if name else changed)
+
+
+@pytest.fixture
+def another_implementation():
+    """Attention that somebody else has registered with transformers, as kernels from the Hub are."""
+    AttentionInterface.register("another", AttentionInterface()["sdpa"])
+    AttentionMaskInterface.register("another", AttentionMaskInterface()["sdpa"])
+    yield
+    for table in (AttentionInterface, AttentionMaskInterface):
+        table._global_mapping.pop("another")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("then", ["eager", "sdpa", "another"])
+def test_another_implementation_after_apply(small, then, another_implementation):
+    cache, mask = encoded(small, 11)
+    theirs = decoded(small, cache, mask)
+    with hf_accel.apply(small, "prefix-split") as applied:
+        small.set_attn_implementation(then)
+        cache, mask = encoded(small, 11)
+        assert torch.allclose(decoded(small, cache, mask), theirs, atol=1e-5)
+        run = applied.report().entries[0].run
+        counted = [reason for reason in run.dense_calls if "set_attn_implementation" in reason]
+        assert bool(counted) == (then == "another")
+    small.set_attn_implementation("sdpa")
 
 
 def test_generate_compiles_its_forward(small, monkeypatch, fresh_dynamo):

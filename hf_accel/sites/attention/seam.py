@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 import warnings
 from collections import Counter
@@ -51,13 +52,11 @@ class AttentionCore(Protocol):
 
 
 class Place(Protocol):
-    """One patched attention, as its host sees it.
+    """One patched attention, as its host sees it."""
 
-    Attributes:
-        silent: why it may go by without a call of ours though nobody changed it, in words with what to do.
-    """
-
-    silent: str
+    @property
+    def silent(self) -> str:
+        """Why it may go by without a call of ours though nobody changed it, in words with what to do."""
 
     def replaced(self) -> str | None:
         """What was changed after apply(), so that ours is not called, in words with what to do; None if nothing."""
@@ -329,7 +328,7 @@ class AttentionSeam:
             self.run.dense_calls["called outside a forward of the model"] += 1
             return dense(self.native[layer.index])
         if mask is not None and mask.ndim == 4 and mask.shape[2] > 1:
-            hidden = self._masks.get(mask, lambda: hidden_keys(mask, outer=self.spec.mask == "outer"))
+            hidden = self._masks.get(mask, functools.partial(hidden_keys, mask, self.spec.mask == "outer"))
             mask = mask if hidden is None else hidden
         grid, tokens = self._grid_for(query.shape[2]), query.shape[2]
         call = AttentionCall(

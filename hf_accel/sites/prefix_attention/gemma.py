@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hf_accel.hosts import attention_interface
-from hf_accel.hosts.attention_interface import ALTERING, native_function
+from hf_accel.hosts.attention_interface import ALTERING, NATIVE, native_function
 from hf_accel.hosts.patching.eager import run_eagerly
 from hf_accel.sites.prefix_attention.masks import ALL_VISIBLE, SplitMask
 from hf_accel.sites.prefix_attention.seam import SEAT, Seat
@@ -23,6 +23,10 @@ from hf_accel.sites.prefix_attention.seam import SEAT, Seat
 PREFIX = "hf_accel-block-"
 
 OTHER_MASK = "a mask that is a bias, or differs between heads or between positions of the canvas"
+ROWS_DIFFER = (
+    "hf_accel: the decoder mask of a compiled model hides other keys from some positions of the canvas than from "
+    "others, or differs between heads, which a graph cannot leave to the model; run it eagerly, or take the method off"
+)
 NO_MASK = "a static cache without a mask: the model attends to its empty slots"
 ROLLED = "a static sliding window that is full: the model writes the canvas over the oldest keys in it"
 OTHER_CACHE = "the cache keeps its keys in another form than tensors [B, H, P, D] of the model's device and dtype"
@@ -44,6 +48,13 @@ def forward_without_cache(cls: Any) -> Callable:
         cache = arguments.pop("past_key_values", None)
         if cache is None:
             return native(self, **arguments)
+        implementation = self.config._attn_implementation_internal
+        if implementation not in NATIVE:  # its function would not know of the cache beside it
+            own = functools.partial(native, self, **arguments, past_key_values=cache)
+            if torch.compiler.is_compiling():
+                return own()
+            reason = f"model.set_attn_implementation({implementation!r}) was called after apply()"
+            return self.__dict__[SEAT].seam.run_own(reason, own)
         return native(self, **arguments, past_key_values=None, hf_accel_cache=cache)
 
     return forward
@@ -128,7 +139,7 @@ def _attend_traced(
     own: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As :func:`_attend` for a graph, which cannot look into masks and does not know how much of a static cache is
-    filled: masks are taken to be the model's own, which show all positions of a canvas the same keys."""
+    filled: masks must be like the model's own, which show all positions of a canvas the same keys; others stop it."""
     if reason is not None:
         return own()
     held = cache.layers[module.layer_idx]
@@ -142,10 +153,11 @@ def _attend_traced(
 
 
 def _canvas_mask(cache: Any, held: Any, mask: torch.Tensor | None, canvas: int) -> SplitMask:
-    """What one row of a decoder mask hides of the prefix and of the canvas. A static cache is laid out as
-    [prefix | canvas | unused], with the length as a tensor."""
+    """What one row of a decoder mask hides of the prefix and of the canvas, after a check in the graph that its other
+    rows hide the same. A static cache is laid out as [prefix | canvas | unused], with the length as a tensor."""
     if mask is None:
         return ALL_VISIBLE
+    torch._assert_async((mask == mask[:, :1, :1]).all(), ROWS_DIFFER)
     row = mask[:, :1, :1] if mask.dtype == torch.bool else mask[:, :1, :1] > torch.finfo(mask.dtype).min / 2
     slots = held.keys.shape[2]
     if not cache.is_compileable:
