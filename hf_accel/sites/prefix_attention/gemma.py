@@ -42,8 +42,9 @@ def forward_without_cache(cls: Any) -> Callable:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = arguments.pop("past_key_values", None)
-        if cache is None:
-            return native(self, **arguments)
+        # Without a seat this was undone by force, while somebody's wrapper still calls it.
+        if cache is None or self.__dict__.get(SEAT) is None:
+            return native(self, *args, **kwargs)
         return native(self, **arguments, past_key_values=None, hf_accel_cache=cache)
 
     return forward
