@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -110,6 +111,7 @@ def main() -> int:
     told = {"windows": list(windows.shape), "calibration": list(calibration.shape), "group_size": 64}
     dense = llama.perplexity(model, windows)
     records: list[dict[str, Any]] = [{"row": "fp32", "bits": 32, "perplexity": dense, **told}]
+    there = others_of(Path(options.json), records[0]) if options.update else None
     print(f"fp32: {dense:.4f}", flush=True)
     for bits in map(int, options.bits.split(",")):
         for name, settings in rows(bits).items():
@@ -119,8 +121,9 @@ def main() -> int:
             records.append({"row": name, "bits": bits, "settings": settings, **found, **told})
             print(f"{bits} bits, {name}: {found['perplexity']:.4f} ({found['seconds']} s)", flush=True)
     machine = describe_machine(device)
-    if options.update:
-        machine, records = merged(Path(options.json), machine, records)
+    if there is not None:
+        records = merged(there, machine, records)
+        machine = there["machine"]
     save(options.json, machine, records)
     print(table(records))
     again = llama.perplexity(model, windows)
@@ -129,23 +132,28 @@ def main() -> int:
     return 0 if again == dense else 1
 
 
-def merged(
-    file: Path, machine: dict[str, Any], new: list[dict[str, Any]]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The file's machine, and its rows with those that were measured now, in the order of :func:`rows`.
+def others_of(file: Path, dense: dict[str, Any]) -> dict[str, Any]:
+    """What the file has, whose rows stay beside those of now.
 
     Raises:
-        SystemExit: the file's model, windows or calibration are others.
+        SystemExit: its model, windows or calibration are others.
     """
     there = json.loads(file.read_text())
-    told = ("perplexity", "windows", "calibration", "group_size")
-    first, dense = there["records"][0], new[0]
-    if any(first[key] != dense[key] for key in told):
-        sys.exit(f"{file} has {[first[key] for key in told]}, measured now: {[dense[key] for key in told]}")
+    first = there["records"][0]
+    same = all(first[key] == dense[key] for key in ("windows", "calibration", "group_size"))
+    if not same or not math.isclose(first["perplexity"], dense["perplexity"], rel_tol=1e-5):
+        sys.exit(
+            f"{file} begins with {first}; measured now: {dense}. Give the same --windows, --calibration, --length."
+        )
+    return there
+
+
+def merged(there: dict[str, Any], machine: dict[str, Any], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a file with those that were measured now, in the order of :func:`rows`."""
     own = {"commit": machine["commit"], "date": machine["date"]}
     found = {(r["bits"], r["row"]): r for r in there["records"]} | {(r["bits"], r["row"]): r | own for r in new[1:]}
     order = [(32, "fp32"), *((bits, name) for bits in (8, 4, 3, 2) for name in rows(bits))]
-    return there["machine"], [found[place] for place in order if place in found]
+    return [found[place] for place in order if place in found]
 
 
 def table(records: list[dict[str, Any]]) -> str:
