@@ -16,8 +16,8 @@ Decisions where the paper and released code differ or are silent (those of the s
 * Defaults are the code's but for groups of 128, which it leaves off, and for the time at which grids are fitted
   (``static_groups=None``). Under ``act_order`` they are fixed beforehand, because else the groups' columns lie
   scattered and every kernel pays for it. So they are at 2 bits, where corrections are so large that grids fitted to
-  corrected weights are the worse ones (``benchmarks/gptq_quality.py``). At 3 bits and more nothing is gained by it,
-  and grids are fitted on the way as in the code.
+  corrected weights are the worse ones (``benchmarks/gptq_quality.py``). At 3 bits hardly anything
+  is gained by it and at 4 nothing, and grids are fitted on the way as in the code.
 * ``H`` averages over tokens, where the code averages over sequences; sequences of one length give the same.
 * The code calibrates on windows of 2,048 tokens of all texts in one; so does ``windows="joined"``. Text encoders see a
   prompt at a time, and so are calibrated (``windows="separate"``).
