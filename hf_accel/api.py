@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hf_accel import registry
@@ -12,10 +14,12 @@ from hf_accel.errors import (
     Conflict,
     HFAccelError,
     NotApplicable,
+    RevertRefused,
 )
 from hf_accel.hosts.foreign import Foreign, standing
 from hf_accel.hosts.target import Model, Target, resolve
-from hf_accel.installing import Installation, install, marks_of, undo
+from hf_accel.installing import Installation, changed_since, install, marks_of, undo, undo_the_rest
+from hf_accel.ledger import in_few_words
 from hf_accel.presets import families
 from hf_accel.presets.preset import Wanted
 from hf_accel.presets.request import PerModel, Request, hand_over, wanted_by, wanted_types
@@ -64,14 +68,19 @@ class Applied:
                 if hasattr(seam, "timed"):  # the seams of attention sites
                     seam.timed = on
 
-    def revert(self) -> None:
+    def revert(self, force: bool = False) -> tuple[str, ...]:
         """Undo these methods exactly. A second call does nothing.
 
+        Args:
+            force: see :func:`revert`.
+
+        Returns:
+            What was left as others made it, in words; empty without ``force``.
+
         Raises:
-            RevertRefused: somebody changed the same attribute later, or a training with a recipe is under way; nothing
-                was undone.
+            RevertRefused: somebody changed the same attribute later, or as :func:`revert` says; nothing was undone.
         """
-        undo(self._standing())
+        return _take_off(self._standing(), force)
 
     def _standing(self) -> list[tuple[Model, Installation]]:
         return [(m, i) for m, i in self._installed if any(i is other for other in marks_of(m.carrier))]
@@ -146,16 +155,40 @@ def apply(target: Any, method: Request = None, /, *, revision: str | None = None
     return Applied(found, install(found, plan))
 
 
-def revert(target: Any) -> None:
+def revert(target: Any, force: bool = False) -> tuple[str, ...]:
     """Take every hf_accel method off a pipeline or model (also off a deep copy of a patched one), or off a training and
     its network.
 
+    What somebody changed after hf_accel did is never overwritten. Where it is again what it was before ``apply``, and
+    in modules that are not in the model any more, there is nothing to undo.
+
+    Args:
+        force: leave what others changed later as it is now, undo the rest, and warn of what was left. The model is free
+            for other methods then. A ``forward`` that others wrapped around ours stays, and ours does in it what the
+            class does. A training that is under way, full weights that were dropped, and another method of hf_accel
+            that stands on top are refused all the same.
+
+    Returns:
+        What was left as others made it, in words, one entry for each; empty without ``force``.
+
     Raises:
-        RevertRefused: somebody changed the same attribute later, or a training with a recipe is under way; nothing was
-            undone.
+        RevertRefused: somebody changed the same attribute later; or, also with ``force``, a training with a recipe is
+            under way, or the full weights of linears were dropped. Nothing was undone.
         NotApplicable: ``target`` is no pipeline or model.
     """
-    undo([(model, i) for model in resolve(target).models for i in marks_of(model.carrier)])
+    return _take_off([(model, i) for model in resolve(target).models for i in marks_of(model.carrier)], force)
+
+
+def _take_off(standing: list[tuple[Model, Installation]], force: bool) -> tuple[str, ...]:
+    if not force:
+        undo(standing)
+        return ()
+    left = undo_the_rest(standing)
+    if left:
+        count = f"{len(left)} attributes left as they are" if len(left) > 1 else "1 attribute left as it is"
+        names = (words.partition(" was ")[0] for words in left)
+        warnings.warn(f"hf_accel: {count} now: {in_few_words(names, 240)}.", stacklevel=3)
+    return left
 
 
 def applied_methods(target: Any) -> list[tuple[str, str]]:
@@ -296,10 +329,14 @@ def _check_each_other(types: list[type[Method]]) -> None:
                 raise Conflict(f"{reason}. Apply one of them.")
 
 
-def _owners(model: Model) -> list[tuple[Party, str]]:
+def _owners(model: Model) -> list[tuple[Party, Callable[[], str]]]:
     """What stands on a model, ours and foreign, each with how to take it off."""
-    ours: list[tuple[Party, str]] = [(type(i.method), "hf_accel.revert(...)") for i in marks_of(model.carrier)]
-    return ours + [(entry, entry.how_to_remove(model.module, model.name)) for entry in _foreign(model)]
+    ours: list[tuple[Party, Callable[[], str]]] = [
+        (type(i.method), functools.partial(_how_to_revert, model, i)) for i in marks_of(model.carrier)
+    ]
+    return ours + [
+        (entry, functools.partial(entry.how_to_remove, model.module, model.name)) for entry in _foreign(model)
+    ]
 
 
 def _foreign(model: Model) -> list[Foreign]:
@@ -313,8 +350,16 @@ def _refusal(model: Model, cls: type[Method]) -> str | None:
         return None
     for owner, off in _owners(model):
         if (reason := conflict(cls, owner)) is not None:
-            return f"{reason}; {owner.name} is on {model.name} already. Take it off first: {off}."
+            return f"{reason}; {owner.name} is on {model.name} already. Take it off first: {off()}."
     return None
+
+
+def _how_to_revert(model: Model, installation: Installation) -> str:
+    try:
+        blocked = changed_since([(model, installation)])
+    except RevertRefused:
+        blocked = []  # revert() tells what must come first
+    return "hf_accel.revert(model, force=True)" if blocked else "hf_accel.revert(...)"
 
 
 def _taken_by_other(model: Model, cls: type[Method]) -> bool:

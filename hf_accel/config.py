@@ -115,7 +115,13 @@ class Config:
             settings = {}
         if not isinstance(settings, Mapping):
             raise PresetError(f"{cls.METHOD}: 'settings' must be a mapping; got {type(settings).__name__}.")
-        return cls.build(settings)
+        return cls.build(cls.upgraded(settings, version))
+
+    @classmethod
+    def upgraded(cls, settings: Mapping[str, Any], version: int) -> Mapping[str, Any]:
+        """Settings of an older ``version`` so that they mean today what they meant then. A class whose ``VERSION`` rose
+        overrides this."""
+        return settings
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, checked like any other."""

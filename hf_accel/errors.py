@@ -61,7 +61,7 @@ class Interleaved(HFAccelError, RuntimeError):
 
 
 class RevertRefused(HFAccelError, RuntimeError):
-    """Undo would destroy a change that somebody else made afterwards. Says which one, and what to do first."""
+    """Undo would destroy a change that somebody else made afterwards. Says which one, and the command to type next."""
 
 
 class PresetError(HFAccelError, ValueError):

@@ -17,7 +17,17 @@ from hf_accel.errors import (
 from hf_accel.hosts.clocks.steps import Clocks, clocks
 from hf_accel.hosts.foreign import standing
 from hf_accel.hosts.target import Model, Target, resolve
-from hf_accel.ledger import MARK, Change, Ledger
+from hf_accel.ledger import (
+    MARK,
+    AttributeChange,
+    Change,
+    Ledger,
+    in_few_words,
+    is_same,
+    own_attribute,
+    refusal,
+    shortened,
+)
 from hf_accel.pickling import Hands, PutOn, picklable
 from hf_accel.presets.preset import Wanted
 from hf_accel.report import MethodReport
@@ -143,17 +153,89 @@ def _nothing_in_words(installation: Installation) -> str:
 
 
 def undo(installed: list[tuple[Model, Installation]]) -> list[list[Change]]:
-    """Undo in reverse order, all or nothing. Returns what was undone of each."""
-    reasons = []
+    """Undo in reverse order, all or nothing. Returns what was undone of each.
+
+    Raises:
+        RevertRefused: somebody changed the same later, or a method cannot be undone now; nothing was undone.
+    """
+    found = changed_since(installed)
+    if found:
+        where = dict.fromkeys(f"{installation.method.name} on {model.name}" for (model, installation), _, _ in found)
+        raise refusal((words for _, _, words in found), in_few_words(where, 60))
+    return _undo(installed)
+
+
+def undo_the_rest(installed: list[tuple[Model, Installation]]) -> tuple[str, ...]:
+    """Undo in reverse order and leave what somebody changed later. Returns what was left, in words, each by itself.
+
+    Raises:
+        RevertRefused: a method cannot be undone now, whoever changed what; nothing was undone.
+    """
+    found = changed_since(installed)
+    _undo(installed)
+    for _, change, _ in found:
+        if isinstance(change, AttributeChange) and _made_a_class(change):
+            change.new.__class__ = type(change.old)  # whoever kept it may put it back
+    return tuple(words for _, _, words in found)
+
+
+Found = tuple[tuple[Model, Installation], Change, str]
+
+
+def changed_since(installed: list[tuple[Model, Installation]]) -> list[Found]:
+    """What somebody else changed after these methods did: where, which change of ours, and what they made of it.
+
+    Raises:
+        RevertRefused: what stands above is another method of ours, or a method cannot be undone now.
+    """
+    found = []
     for place, (model, installation) in enumerate(installed):
-        try:
-            installation.ledger.check([later.ledger for _, later in installed[place + 1 :]])
-        except RevertRefused as refused:
-            reasons.append(f"{installation.method.name} on {model.name}: {refused}")
-    if reasons:
-        raise RevertRefused(" ".join(reasons))
+        inside: set[int] = set()
+        for change, words in installation.ledger.blocked([later.ledger for _, later in installed[place + 1 :]]):
+            for other in marks_of(model.carrier):
+                if other.ledger.restores(change) and not any(other is one for _, one in installed):
+                    raise RevertRefused(
+                        f"Cannot undo {installation.method.name} on {model.name}: {other.method.name} was applied on "
+                        f"top of it ({shortened(words, 120)}). Nothing was changed. Take off both: "
+                        "hf_accel.revert(model)"
+                    )
+            changed = getattr(change, "target", getattr(change, "module", None))
+            inside = inside or {id(module) for module in model.module.modules()}
+            # A module that is not in the model any more is nobody's concern.
+            if not isinstance(changed, torch.nn.Module) or id(changed) in inside:
+                found.append(((model, installation), change, words))
+    return found
+
+
+def _undo(installed: list[tuple[Model, Installation]]) -> list[list[Change]]:
     undone = []
     for model, installation in reversed(installed):
-        undone.append(installation.ledger.undo())
+        undone.append(installation.ledger.undo(force=True))
         _mark(model, [other for other in marks_of(model.carrier) if other is not installation])
+        _forget_in_copies(model.module, [change for change in undone[-1] if isinstance(change, AttributeChange)])
     return undone[::-1]
+
+
+def _forget_in_copies(module: torch.nn.Module, undone: list[AttributeChange]) -> None:
+    """Undo the same in copies that somebody made of what we had patched and put into the model: ``copy.copy(found)``,
+    or ``type(found)()`` as the code of IP-adapters does. The ledger does not know them, and what they call is gone."""
+    classes = {type(change.new): type(change.old) for change in undone if _made_a_class(change)}
+    values: dict[type, dict[str, AttributeChange]] = {}
+    for change in undone:
+        if isinstance(change.new, str) and not isinstance(change.target, torch.nn.Module):
+            values.setdefault(type(change.target), {})[change.name] = change
+    if not classes and not values:
+        return
+    for sub in module.modules():
+        for found in list(vars(sub).values()):
+            if type(found) in classes:
+                found.__class__ = classes[type(found)]
+            for name, change in values.get(type(found), {}).items():
+                if is_same(own_attribute(found, name), change.new):
+                    AttributeChange(found, name, change.old, change.new).undo()
+
+
+def _made_a_class(change: AttributeChange) -> bool:
+    """Whether ``new`` is of a class that was made at run time to stand for that of ``old``."""
+    ours, theirs = type(change.new), type(change.old)
+    return ours.__base__ is theirs and (ours.__module__, ours.__name__) == (theirs.__module__, theirs.__name__)

@@ -6,6 +6,7 @@ ledger that speaks of the copy, and the copy can be reverted on its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,11 +37,20 @@ MARK = "_hf_accel"
 
 
 class Change(Protocol):
-    """One change of a model. ``blocked()`` tells in words why it cannot be undone now, or None."""
+    """One change of a model."""
 
-    def blocked(self) -> str | None: ...
+    def blocked(self) -> str | None:
+        """What somebody else did to the same thing since, in words that begin with its name; None if nobody did, or if
+        it is as it was before the change.
 
-    def undo(self) -> None: ...
+        Raises:
+            RevertRefused: it cannot be undone for a reason of its own, which nobody may pass over.
+        """
+        ...
+
+    def undo(self) -> None:
+        """Bring back what was there before. What :meth:`blocked` speaks of stays as it is."""
+        ...
 
     def redo(self) -> None:
         """Make the change, on a model that is as it was before it."""
@@ -58,6 +68,44 @@ def own_attribute(target: Any, name: str) -> Any:
 
 def describe_attribute(target: Any, name: str) -> str:
     return f"{type(target).__name__}.{name}"
+
+
+def describe_replacement(target: Any, name: str, found: Any) -> str:
+    """What somebody made of an attribute: ``found``, or MISSING."""
+    what = "removed" if found is MISSING else f"replaced by a {type(found).__name__}"
+    return f"{describe_attribute(target, name)} was {what}"
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two values of an attribute are one. Texts and numbers have no identity that anybody could rely on."""
+    return one is other or (type(one) is type(other) and isinstance(one, str | int | float) and one == other)
+
+
+def in_few_words(causes: Iterable[str], room: int, each: int = 120) -> str:
+    """Every cause once, with how often it came and the most frequent first, in about ``room`` characters. What finds no
+    room is counted."""
+    counted = Counter(shortened(cause, each) for cause in causes).most_common()
+    shown: list[str] = []
+    for cause, count in counted:
+        words = f"{cause} ({count} x)" if count > 1 else cause
+        if shown and len("; ".join([*shown, words])) > room:
+            break
+        shown.append(words)
+    more = sum(count for _, count in counted[len(shown) :])
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def shortened(words: str, room: int) -> str:
+    return words if len(words) <= room else words[: room - 3] + "..."
+
+
+def refusal(causes: Iterable[str], what: str = "") -> RevertRefused:
+    """The error that tells why ``what`` cannot be undone, in at most 400 characters whatever the model is."""
+    name = f" {shortened(what, 80)}" if what else ""
+    return RevertRefused(
+        f"Cannot undo{name}: {in_few_words(causes, 120)} after hf_accel set it. Nothing was changed. Undo that change "
+        "first, or leave it as it is and take off the rest: hf_accel.revert(model, force=True)"
+    )
 
 
 @dataclass
@@ -80,12 +128,13 @@ class AttributeChange:
 
     def blocked(self) -> str | None:
         current = own_attribute(self.target, self.name)
-        if current is self.new:
+        if is_same(current, self.new) or is_same(current, self.old):
             return None
-        found = "removed" if current is MISSING else f"replaced by a {type(current).__name__}"
-        return f"{describe_attribute(self.target, self.name)} was {found} after hf_accel set it"
+        return describe_replacement(self.target, self.name, current)
 
     def undo(self) -> None:
+        if not is_same(own_attribute(self.target, self.name), self.new):
+            return
         if self.old is MISSING:
             delattr(self.target, self.name)
         else:
@@ -192,30 +241,32 @@ class Ledger:
         """Keep a registration in another library until undo."""
         self.changes.append(LeaseChange(lease))
 
-    def check(self, first: Sequence[Ledger] = ()) -> None:
-        """Raise :class:`RevertRefused` if undo would destroy somebody else's later change.
+    def blocked(self, first: Sequence[Ledger] = ()) -> list[tuple[Change, str]]:
+        """The changes that somebody else changed later, each with what they did.
 
         ``first`` are ledgers that are undone before this one: what they changed on top is no hindrance.
-        """
-        on_top = [change for ledger in first for change in ledger.changes if isinstance(change, AttributeChange)]
-        reasons = [
-            reason
-            for change in self.changes
-            if (reason := change.blocked()) and not any(other.restores(change) for other in on_top)
-        ]
-        if reasons:
-            raise RevertRefused(
-                f"Cannot undo: {'; '.join(reasons)}. Undo that later change first (or set the attribute back), "
-                "then call revert() again. Nothing was changed."
-            )
 
-    def undo(self) -> list[Change]:
+        Raises:
+            RevertRefused: one of the changes cannot be undone for a reason of its own.
+        """
+        found = [(change, words) for change in self.changes if (words := change.blocked())]
+        return [(change, words) for change, words in found if not any(ledger.restores(change) for ledger in first)]
+
+    def restores(self, earlier: Change) -> bool:
+        """Whether undoing this ledger brings back what ``earlier``, a change of another, had set."""
+        return any(isinstance(change, AttributeChange) and change.restores(earlier) for change in self.changes)
+
+    def undo(self, force: bool = False) -> list[Change]:
         """Undo everything in reverse order, or raise :class:`RevertRefused` and undo nothing.
+
+        Args:
+            force: leave what somebody else changed later as it is, and undo the rest.
 
         Returns:
             What was undone, for :meth:`redo`.
         """
-        self.check()
+        if not force and (found := self.blocked()):
+            raise refusal(words for _, words in found)
         undone = []
         while self.changes:
             undone.append(self.changes.pop())

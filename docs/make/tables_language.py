@@ -131,11 +131,14 @@ def gptq_quality(data: dict[str, Any]) -> str:
             [str(r["bits"]), r["row"], f"{r['perplexity']:.3f}", f"{ratio:.3f}", error, f"{r['bits_per_weight']:.2f}"]
         )
     head = ["bits", "row", "perplexity", "of fp32", "output error", "bits, all told"]
+    later = {f"{r['date'][:10]}, commit {r['commit']}" for r in others if "commit" in r}
+    own = [f"{r['bits']} bits {r['row']}" for r in others if "commit" in r]
+    told = f" Measured later than the rest ({'; '.join(sorted(later))}): {'; '.join(own)}." if later else ""
     return (
         f"{first['windows'][0]} held-out windows of {first['windows'][1]} tokens, {first['calibration'][0]} windows of "
         f"training files to calibrate on, groups of {first['group_size']}, all linears of the blocks; scales are fp32 "
         "here, hence the bits. Output error: mean over layers of |(W - Q) X| / |W X| on the calibration tokens. "
-        f"{machine(data['machine'])}\n\n{table(head, rows)}"
+        f"{machine(data['machine'])}{told}\n\n{table(head, rows)}"
     )
 
 

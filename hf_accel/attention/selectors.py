@@ -70,7 +70,8 @@ def top_cdf(probabilities: torch.Tensor, tau: float | torch.Tensor) -> torch.Ten
     """Keep, row by row, the largest probabilities whose running sum stays at or below ``tau``, and the largest anyway.
 
     Unlike :func:`top_p` the block that crosses ``tau`` is not kept: this is the rule of SpargeAttention (arXiv
-    2502.18137). ``tau >= 1`` keeps everything without a sum, as there.
+    2502.18137). ``tau >= 1`` keeps everything without a sum. The released code compares the sum there too, and drops
+    the smallest blocks of a row whose sum was rounded to more than 1.
 
     Args:
         probabilities: ``[..., C]``, non-negative, rows summing to about 1.

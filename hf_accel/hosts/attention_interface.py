@@ -56,7 +56,8 @@ def renamed(config: Any, prefix: str) -> Any:
     and changes of the configuration reach the attention module as before. An implementation that is none of
     :data:`NATIVE` keeps its name, and so runs without ours.
     """
-    view = object.__new__(_renamed_class(type(config), prefix))
+    base: Any = type(config)
+    view = object.__new__(_renamed_class(base, prefix))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_hf_accel_original", config)
     return view

@@ -13,8 +13,11 @@ smaller beforehand, sweeps of coordinate descent (arXiv 2403.07134) look at ever
 
 Decisions where the paper and released code differ or are silent (those of the solver are told there):
 
-* Defaults are the code's but for groups of 128, which it leaves off. Grids are fixed beforehand under ``act_order``
-  (``static_groups=None``), because else the groups' columns lie scattered and every kernel pays for it.
+* Defaults are the code's but for groups of 128, which it leaves off, and for the time at which grids are fitted
+  (``static_groups=None``). Under ``act_order`` they are fixed beforehand, because else the groups' columns lie
+  scattered and every kernel pays for it. So they are at 2 bits, where corrections are so large that grids fitted to
+  corrected weights are the worse ones (``benchmarks/gptq_quality.py``). At 3 bits hardly anything
+  is gained by it and at 4 nothing, and grids are fitted on the way as in the code.
 * ``H`` averages over tokens, where the code averages over sequences; sequences of one length give the same.
 * The code calibrates on windows of 2,048 tokens of all texts in one; so does ``windows="joined"``. Text encoders see a
   prompt at a time, and so are calibrated (``windows="separate"``).
@@ -32,8 +35,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -70,13 +74,16 @@ class GPTQConfig(Config):
     """Settings of :class:`GPTQ`; names of the released code where it has them."""
 
     METHOD = "gptq"
+    VERSION = 2  # without a word on static_groups, 2 bits meant grids on the way in version 1
 
     bits: int = setting(4, "of a weight", choices=PACKED_BITS)
     group_size: int = setting(128, "neighbouring inputs that share a grid; -1 is the whole row", ge=-1)
     sym: bool = setting(False, "grids with zero in the middle")
     rounding: str = setting("gptq", "gptq, or each weight for itself without calibration", choices=("gptq", "nearest"))
     act_order: bool = setting(False, "the most active inputs first")
-    static_groups: bool | None = setting(None, "all grids fixed beforehand; None: with act_order, and not without")
+    static_groups: bool | None = setting(
+        None, "all grids fixed beforehand, from the full weights; None: at 2 bits and with act_order, else on the way"
+    )
     true_sequential: bool = setting(False, "linears of a block see those before them rounded already")
     damping: float = setting(0.01, "added to the diagonal of H, as a share of its mean", gt=0, le=0.9)
     block_size: int = setting(128, "columns between updates of the rest; speed only", ge=1)
@@ -111,7 +118,15 @@ class GPTQConfig(Config):
 
     @property
     def fixed_grids(self) -> bool:
-        return self.act_order if self.static_groups is None else self.static_groups
+        """Whether grids are fixed beforehand, as ``static_groups`` says or, if it says nothing, bits and order."""
+        return self.act_order or self.bits == 2 if self.static_groups is None else self.static_groups
+
+    @classmethod
+    def upgraded(cls, settings: Mapping[str, Any], version: int) -> Mapping[str, Any]:
+        silent = settings.get("static_groups") is None and not settings.get("act_order")
+        if version < 2 and settings.get("bits") == 2 and silent:
+            return {**settings, "static_groups": False}
+        return settings
 
 
 @register
@@ -199,6 +214,7 @@ class GPTQ(LinearMethod):
         declare(
             model.module, ledger, desc_act=config.act_order and not config.fixed_grids and config.group_size != -1,
             sym=config.sym, damp_percent=config.damping, true_sequential=config.true_sequential,
+            static_groups=config.fixed_grids and config.rounding == "gptq",
         )  # fmt: skip
 
     def take_over(self, former: Method) -> None:
@@ -247,6 +263,7 @@ class GPTQ(LinearMethod):
         store = None
         if given.get("resume_dir") is not None:
             settings = {k: v for k, v in asdict(config).items() if k not in ("progress", "original", "block_size")}
+            settings["static_groups"] = config.fixed_grids  # what None means may change, what is in the folder does not
             run = describe_run(settings, model.module, sites, found.samples)
             store = LayerStore(given["resume_dir"], run, self.name)
         stream = LayerStream(

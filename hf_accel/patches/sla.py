@@ -20,6 +20,9 @@ Decisions where the paper and the released code differ or are silent:
   (the code stores means in the input's dtype). Keys are centred for the ranking alone.
 * Text in the same sequence is INFERRED, the paper has none: blocks with a text token are critical for every query, see
   every key, and do not count in ``topk``. Padded text is hidden from both branches.
+* The denominator of the linear branch is the sum of its weights as it is, and the branch is 0 where that is 0. The
+  code's ``main`` and TurboDiffusion add ``1e-5`` to it, which is missing here: under ``"softmax"`` the sum is about the
+  keys in scope over the head dim, beside which it is nothing. ``SLA-1`` divides by infinity where no block is in scope.
 * ``proj_l`` is kept in fp32 and applied in the dtype of the attention, as the code does under autocast.
 """
 

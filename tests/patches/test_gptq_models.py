@@ -12,7 +12,7 @@ import torch
 import hf_accel
 from hf_accel.errors import InvalidSetting, NotApplicable, NothingPatched, QuantizationError, RevertRefused
 from hf_accel.installing import installed
-from hf_accel.patches.gptq import GPTQ
+from hf_accel.patches.gptq import GPTQ, GPTQConfig
 from hf_accel.quant.gptq_solver import gptq_solve, round_to_nearest
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.sites.linear.places import find_linears
@@ -88,12 +88,60 @@ def test_more_bits_lose_less():
     assert lost[-1] < 0.02
 
 
-@pytest.mark.parametrize("settings", [{}, {"act_order": True}, {"act_order": True, "static_groups": False}], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "fixed"),
+    [
+        ({"bits": 2}, True),
+        ({"bits": 3}, False),
+        ({"bits": 4}, False),
+        ({"bits": 8}, False),
+        ({"bits": 4, "act_order": True}, True),
+        ({"bits": 2, "static_groups": False}, False),
+        ({"bits": 2, "act_order": True, "static_groups": False}, False),
+        ({"bits": 4, "static_groups": True}, True),
+    ],
+    ids=str,
+)
+def test_when_grids_are_fitted_follows_bits_and_order(settings, fixed):
+    assert GPTQConfig(**settings).fixed_grids is fixed
+
+
+@pytest.mark.parametrize(
+    ("settings", "static_groups"),
+    [
+        ({"bits": 2}, False),
+        ({"bits": 2, "static_groups": None}, False),
+        ({"bits": 2, "static_groups": True}, True),
+        ({"bits": 2, "act_order": True}, None),
+        ({"bits": 4}, None),
+    ],
+    ids=str,
+)
+def test_settings_of_version_1_mean_what_they_meant(settings, static_groups):
+    old = GPTQConfig.from_dict({"method": "gptq", "version": 1, "settings": settings})
+    assert old.static_groups is static_groups
+    assert GPTQConfig.from_dict(old.to_dict()) == old
+    now = GPTQConfig.from_dict({"method": "gptq", "version": 2, "settings": settings})
+    assert now.static_groups is settings.get("static_groups")
+
+
+def test_a_checkpoint_says_when_grids_were_fitted():
+    for settings in ({"bits": 2}, {"bits": 4}, {"bits": 2, "rounding": "nearest"}):
+        model = llama()
+        quantised(model, **settings)
+        told = model.config.quantization_config
+        told = told if isinstance(told, dict) else told.to_dict()
+        assert told["static_groups"] is (settings == {"bits": 2})
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"bits": 2}, {"act_order": True}, {"act_order": True, "static_groups": False}], ids=str
+)
 def test_every_layer_is_the_solvers(settings):
     """The second block's Gram matrices are those behind a first block that is quantised already."""
     model = llama()
     plain = copy.deepcopy(model)
-    with quantised(model, bits=3, **settings):
+    with quantised(model, **{"bits": 3} | settings):
         codes = {name: module.codes() for name, module in packed(model).items()}
         where = {name: module.g_idx for name, module in packed(model).items()}
         config = next(iter(model.__dict__["_hf_accel"])).method.config

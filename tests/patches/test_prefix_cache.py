@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -310,6 +311,18 @@ def test_revert_leaves_no_trace():
     again, read = generate(pipe)
     assert torch.equal(again, tokens)
     assert all(torch.equal(a, b) for a, b in zip(read, logits, strict=True))
+
+
+def test_a_wrapper_that_outlives_it_runs_the_models_own():
+    pipe = pipeline()
+    tokens, _ = generate(pipe)
+    applied = hf_accel.apply(pipe, "prefix-cache")
+    ours = pipe.model.forward
+    pipe.model.forward = functools.wraps(ours)(lambda *args, **kwargs: ours(*args, **kwargs))
+    with pytest.warns(UserWarning, match="left as it is now"):
+        applied.revert(force=True)
+    again, _ = generate(pipe)
+    assert torch.equal(again, tokens)
 
 
 def test_copies_are_apart():

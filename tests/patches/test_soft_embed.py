@@ -147,6 +147,17 @@ def test_revert_leaves_no_trace(model):
 
 
 @torch.no_grad()
+def test_a_wrapper_that_outlives_it_runs_the_decoders_own(model):
+    plain = generate(model)
+    applied = hf_accel.apply(model, "soft-embed")
+    decoder = model.model.decoder
+    ours = decoder.forward
+    decoder.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.warns(UserWarning, match="left as it is now"):
+        applied.revert(force=True)
+    assert torch.equal(generate(model), plain)
+
+
 def test_two_models_and_a_copy(model):
     other, dense = diffusion_gemma(seed=1, canvas_length=CANVAS), step(model)
     untouched = step(other)

@@ -17,6 +17,7 @@ def declare(
     sym: bool = False,
     damp_percent: float = 0.01,
     true_sequential: bool = False,
+    static_groups: bool = False,
 ) -> None:
     """Say of a model whose linears were packed that they are, so that ``save_pretrained`` writes what can be loaded.
 
@@ -31,13 +32,15 @@ def declare(
         sym: zeros are all in the middle.
         damp_percent: a record.
         true_sequential: a record.
+        static_groups: a record.
 
     Raises:
         QuantizationError: nothing in it is packed.
     """
     settings = settings_of(
-        model, desc_act=desc_act, sym=sym, damp_percent=damp_percent, true_sequential=true_sequential
-    )
+        model, desc_act=desc_act, sym=sym, damp_percent=damp_percent, true_sequential=true_sequential,
+        static_groups=static_groups,
+    )  # fmt: skip
     if is_a(model, "transformers", "PreTrainedModel"):
         from hf_accel.checkpoints.gptq import transformers as host
     elif is_a(model, "diffusers", "ModelMixin"):

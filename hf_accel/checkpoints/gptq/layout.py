@@ -51,6 +51,7 @@ class GPTQSettings:
         checkpoint_format: ``"gptq"`` (v1) or ``"gptq_v2"``.
         damp_percent: damping of the Gram matrix, a record.
         true_sequential: a record.
+        static_groups: grids were fixed before the first rounding, a record.
         lm_head: the head is packed too.
         dynamic: GPTQModel's exceptions by regular expression: ``"-:EXPRESSION"`` is not packed, ``"+:EXPRESSION"`` has
             other settings.
@@ -64,6 +65,7 @@ class GPTQSettings:
     checkpoint_format: str = "gptq"
     damp_percent: float = 0.01
     true_sequential: bool = False
+    static_groups: bool = False
     lm_head: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     modules_in_block_to_quantize: list[list[str]] | None = None
@@ -79,6 +81,7 @@ class GPTQSettings:
             "checkpoint_format": self.checkpoint_format,
             "damp_percent": self.damp_percent,
             "true_sequential": self.true_sequential,
+            "static_groups": self.static_groups,
             "lm_head": self.lm_head,
             "pack_dtype": "int32",
             "meta": {"quantizer": [f"hf_accel:{hf_accel.__version__}"]},
@@ -112,6 +115,7 @@ def read_settings(config: Mapping[str, Any]) -> GPTQSettings:
         checkpoint_format=layout,
         damp_percent=float(config.get("damp_percent") or 0.01),
         true_sequential=bool(config.get("true_sequential", True)),
+        static_groups=bool(config.get("static_groups", False)),
         lm_head=bool(config.get("lm_head", False)),
         dynamic=dict(config.get("dynamic") or {}),
         modules_in_block_to_quantize=config.get("modules_in_block_to_quantize"),

@@ -36,7 +36,9 @@ class PackedGPTQConfig(GPTQConfig):
     """transformers' own config of the method, with the fields of other tools that it would drop."""
 
     def __init__(self, **fields: Any):
-        kept = {name: fields.pop(name) for name in ("dynamic", "lm_head", "pack_dtype") if name in fields}
+        kept = {
+            name: fields.pop(name) for name in ("dynamic", "lm_head", "pack_dtype", "static_groups") if name in fields
+        }
         # The base class looks for optimum as soon as this one is given.
         names = fields.pop("modules_in_block_to_quantize", None)
         super().__init__(**{"act_group_aware": False} | fields)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_accel.ledger import MISSING, Ledger, describe_attribute, own_attribute
+from hf_accel.ledger import MISSING, Ledger, describe_replacement, own_attribute
 
 _STACK = "_hf_accel_forwards"  # the changes on a module, from the inside out
 _PLACES = ("forward", "_old_forward")
@@ -21,7 +21,8 @@ _PLACES = ("forward", "_old_forward")
 def override_forward(ledger: Ledger, module: torch.nn.Module, forward: types.MethodType, level: int = 0) -> None:
     """Run ``forward`` in place of the module's own, inside hooks that accelerate has put around that.
 
-    Overrides of a higher ``level`` stand outside of those of a lower one, whichever came first.
+    Overrides of a higher ``level`` stand outside of those of a lower one, whichever came first. After a forced undo
+    somebody's wrapper may still call ``forward``: where its state is gone, it does what the class does.
     """
     change = ForwardChange(module, MISSING, forward, level)
     change.redo()
@@ -42,7 +43,12 @@ def replaced_forward(module: Any) -> Any:
     the bound method of the class behind when they take theirs off; that is none."""
     stack = module.__dict__.get(_STACK, ())
     own = stack[0].old if stack else own_attribute(module, "forward")
-    return None if own is MISSING or getattr(own, "__func__", None) is type(module).forward else own
+    return None if _is_of_the_class(module, own) else own
+
+
+def _is_of_the_class(module: Any, own: Any) -> bool:
+    """Whether an instance's forward, or none, is that of its class."""
+    return own is MISSING or getattr(own, "__func__", None) is type(module).forward
 
 
 @dataclass
@@ -62,35 +68,41 @@ class ForwardChange:
         return self.module.__dict__.get(_STACK, [])
 
     def _place(self) -> str | None:
-        """Where the outermost override of ours stands; None if somebody put another forward there."""
+        """Where this very override stands; None if another does, of ours or somebody else's."""
+        return next((name for name in _PLACES if own_attribute(self.module, name) is self.new), None)
+
+    def _is_as_before(self) -> bool:
+        """Whether somebody put back the forward that was there before this override, or before one below it."""
         stack = self._stack()
-        if not any(change is self for change in stack):
-            return None
-        top = stack[-1].new
-        return next((name for name in _PLACES if own_attribute(self.module, name) is top), None)
+        below = stack[: 1 + next((i for i, change in enumerate(stack) if change is self), -1)]
+        current = own_attribute(self.module, "_old_forward" if "_old_forward" in self.module.__dict__ else "forward")
+        return any(
+            current is change.old or (change.old is MISSING and _is_of_the_class(self.module, current))
+            for change in below
+        )
 
     def blocked(self) -> str | None:
-        if self._place() is not None:
-            return None
-        found = own_attribute(self.module, "forward")
-        what = "removed" if found is MISSING else f"replaced by a {type(found).__name__}"
-        return f"{describe_attribute(self.module, 'forward')} was {what} after hf_accel set it"
+        stack = self._stack()
+        if not stack or stack[-1] is not self or self._place() is not None or self._is_as_before():
+            return None  # under another of ours it is not seen from outside
+        return describe_replacement(self.module, "forward", own_attribute(self.module, "forward"))
 
     def undo(self) -> None:
         stack, place = self._stack(), self._place()
-        level = next(i for i, change in enumerate(stack) if change is self)
-        if level + 1 < len(stack):  # the one above calls what this one called
-            stack[level + 1].old = self.old
-        elif place == "_old_forward":  # the hook around it calls this name
+        level = next((i for i, change in enumerate(stack) if change is self), None)
+        if level is not None:
+            if level + 1 < len(stack):  # the one above calls what this one called
+                stack[level + 1].old = self.old
+            del stack[level]
+            if not stack:
+                del self.module.__dict__[_STACK]
+        if place == "_old_forward":  # the hook around it calls this name
             old = self.old if self.old is not MISSING else types.MethodType(type(self.module).forward, self.module)
             self.module.__dict__[place] = old
-        elif self.old is MISSING:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self.old
-        del stack[level]
-        if not stack:
-            del self.module.__dict__[_STACK]
+        elif place is not None and self.old is MISSING:
+            del self.module.__dict__[place]
+        elif place is not None:
+            self.module.__dict__[place] = self.old
 
     def redo(self) -> None:
         stack = self.module.__dict__.setdefault(_STACK, [])

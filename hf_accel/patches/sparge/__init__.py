@@ -17,13 +17,20 @@ Decisions where the paper and the released code differ or are silent:
   ``block_summary``), so that no block ever falls below it: the default of ``simthreshd1`` in that mode.
 * A last block that is not full is kept as a row and as a column. In the code this seems to come of a division by zero
   (INFERRED); here it is a rule.
+* A token that is all zeros has no direction: it counts as orthogonal to every token, itself included, which makes its
+  block less alike by its share and no more. The code divides by its length of zero, so that the similarity of the block
+  is no number, no comparison with the bar holds, and the block is kept as a row and as a column, also where the bar is
+  -0.1 (INFERRED).
 * Blocks that hold text in a sequence shared with video or image tokens are kept as rows and columns: prompts lose
   strength otherwise (issue 107 of the code). The code treats text like anything else.
 * Causal: blocks on the diagonal are kept, so that every token sees itself, and the token-level mask runs inside them.
   The released SageAttention-2 path applies the block map only, and tokens of diagonal blocks see the future.
 * Fully hidden key blocks (padding) are never kept; the code has no masks.
 * A skipped tile (``pvthreshd``) adds neither to the sum nor to the output, as in the code; in the paper it still
-  counts in the sum, and weights no longer add up to 1.
+  counts in the sum, and weights no longer add up to 1. The margin is one for a layer: of a table with one per head the
+  widest is taken, which skips least, since a launch of the kernel has one. The code has one per head.
+* ``cdfthreshd=1`` keeps every block. In the code it does not: rounding can take the running sum past 1, and the blocks
+  behind that place are left out.
 * ``density`` is ours: the share of blocks to compute with everything counted that is kept by rule.
 * ``thresholds`` hold a budget per head in either mode. The code tunes cdf mode only, and forces ``attention_sink``
   with it; here that is a setting like the others.

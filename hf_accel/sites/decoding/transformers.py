@@ -22,7 +22,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hf_accel.errors import HFAccelError
 from hf_accel.hosts.target import Model, is_a, kind
-from hf_accel.ledger import Ledger
+from hf_accel.ledger import Ledger, describe_replacement
 from hf_accel.report import MethodReport, Patched
 from hf_accel.requests import Counters, PerRequest
 from hf_accel.sites.decoding.draft import Draft
@@ -109,9 +109,8 @@ class RoleChange:
     def blocked(self) -> str | None:
         own = self.module.__dict__
         for name, entry in own[_SEAM].entries.items():
-            if own.get(name) is not entry:
-                what = f"replaced by a {type(own[name]).__name__}" if name in own else "removed"
-                return f"{type(self.module).__name__}.{name} was {what} after hf_accel set it"
+            if own.get(name, entry) is not entry:
+                return describe_replacement(self.module, name, own[name])
         return None
 
     def undo(self) -> None:
@@ -119,8 +118,10 @@ class RoleChange:
         seam = own[_SEAM]
         seam.parts[:] = [part for part in seam.parts if part is not self.part]
         if not seam.parts:
-            for name in (_SEAM, *_ENTRIES):
-                del own[name]
+            del own[_SEAM]
+            for name, entry in seam.entries.items():
+                if own.get(name) is entry:
+                    del own[name]
 
 
 # -- in place of functions of the model ----------------------------------------------------------------------------
@@ -129,7 +130,9 @@ class RoleChange:
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """``generate`` of the model's class, assisted where that can be."""
     own = type(self).generate
-    seam: DecodingSeam = self.__dict__[_SEAM]
+    seam: DecodingSeam | None = self.__dict__.get(_SEAM)
+    if seam is None:  # undone by force, while somebody's wrapper still calls this
+        return own(self, *args, **kwargs)
     given = inspect.signature(own).bind(self, *args, **kwargs).arguments
     reason = _why_plain(self, seam, given)
     if reason is not None:

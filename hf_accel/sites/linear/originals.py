@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hf_accel.errors import RevertRefused
 from hf_accel.ledger import Ledger
 from hf_accel.sites.linear.places import LinearSite
 
@@ -37,9 +38,10 @@ class DroppedWeights:
     count: int
 
     def blocked(self) -> str | None:
-        return (
-            f"the full weights of {self.count} linears were dropped when they were quantised (original='drop'): load "
-            "the model again"
+        # Raised and not told: no advice to set something back helps, and force would leave linears without weights.
+        raise RevertRefused(
+            f"Cannot undo: the full weights of {self.count} linears were dropped when they were quantised "
+            "(original='drop'). Nothing was changed. To have them again, load the model again."
         )
 
     def undo(self) -> None:

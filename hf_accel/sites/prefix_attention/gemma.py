@@ -46,15 +46,15 @@ def forward_without_cache(cls: Any) -> Callable:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = arguments.pop("past_key_values", None)
-        if cache is None:
-            return native(self, **arguments)
+        seat = self.__dict__.get(SEAT)
+        # Without a seat this was undone by force, while somebody's wrapper still calls it.
+        if cache is None or seat is None:
+            return native(self, *args, **kwargs)
         implementation = self.config._attn_implementation_internal
         if implementation not in NATIVE:  # its function would not know of the cache beside it
-            own = functools.partial(native, self, **arguments, past_key_values=cache)
-            if torch.compiler.is_compiling():
-                return own()
+            own = functools.partial(native, self, *args, **kwargs)
             reason = f"model.set_attn_implementation({implementation!r}) was called after apply()"
-            return self.__dict__[SEAT].seam.run_own(reason, own)
+            return own() if torch.compiler.is_compiling() else seat.seam.run_own(reason, own)
         return native(self, **arguments, past_key_values=None, hf_accel_cache=cache)
 
     return forward

@@ -45,9 +45,10 @@ def split_forward(cls: Any) -> Callable:
     @functools.wraps(native)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        seat: Seat = self.__dict__[SEAT]
+        seat: Seat | None = self.__dict__.get(SEAT)
         cache = _any_cache(arguments)
-        if cache is None or arguments.get("store_kv", False):
+        # Without a seat this was undone by force, while somebody's wrapper still calls it.
+        if seat is None or cache is None or arguments.get("store_kv", False):
             return native(self, *args, **kwargs)
 
         def own() -> Any:

@@ -267,9 +267,11 @@ def _forward_of(cls: Any) -> Callable:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         missing = [name for name in ("sample", "timestep") if name not in arguments]
-        if missing or len(args) > len(names):
-            return native(self, *args, **kwargs)  # raises what the host raises
-        context = now_of(self.__dict__[_ATTRIBUTE])
+        seams = self.__dict__.get(_ATTRIBUTE)
+        # Without arguments the host raises what it raises; without seams this was undone by force.
+        if missing or len(args) > len(names) or seams is None:
+            return native(self, *args, **kwargs)
+        context = now_of(seams)
         try:
             now = begin(context, self, arguments)
         except BaseException:

@@ -330,6 +330,19 @@ def test_undo_is_exact(model, answer):
     assert model.generate is other
 
 
+def test_a_wrapper_around_ours_outlives_it(model, answer):
+    applied = hf_accel.apply(model, "toy-oracle", answer=answer)
+    ours = model.generate
+    model.generate = other = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM\.generate"):
+        assert applied.revert(force=True) == ("LlamaForCausalLM.generate was replaced by a function",)
+    assert model.generate is other
+    assert "_get_candidate_generator" not in vars(model)
+    assert model.generate(PROMPT, **LONG)[0].tolist() == answer
+    del model.generate
+    hf_accel.apply(model, "toy-oracle", answer=answer).revert()
+
+
 def test_a_foreign_generate_is_left_alone(model):
     model.generate = lambda *args: None
     with pytest.raises(errors.NotApplicable, match="was replaced on the instance"):

@@ -11,7 +11,7 @@ import torch
 import hf_accel
 from hf_accel import registry
 from hf_accel.config import Config, setting
-from hf_accel.errors import Conflict, NotApplicable
+from hf_accel.errors import Conflict, NotApplicable, RevertRefused
 from hf_accel.facts import HOSTS_OF
 from hf_accel.method import Facts, OutputCacheMethod
 from hf_accel.testing.models import tiny
@@ -161,6 +161,19 @@ def test_beside_an_attention_method():
     ours = denoise(model, "wan")
     for got, step in zip(ours, (0, 0, 2, 2, 4), strict=True):
         assert torch.allclose(got, dense[step], atol=1e-5)
+
+
+def test_a_wrapper_that_outlives_it_runs_the_model():
+    model = tiny.build("wan")
+    dense = denoise(model, "wan")
+    applied = hf_accel.apply(model, "toy-every")
+    ours = model.forward
+    model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(RevertRefused, match=r"forward was replaced by a function"):
+        applied.revert()
+    with pytest.warns(UserWarning, match="1 attribute left as it is now"):
+        applied.revert(force=True)
+    assert same(denoise(model, "wan"), dense)
 
 
 def test_two_of_them_do_not_go_together_nor_with_a_cache_of_diffusers(monkeypatch):

@@ -198,7 +198,13 @@ def test_undo_in_the_middle_is_refused_and_nothing_is_undone(tmp_path, event):
 
     def act():
         before = fingerprint(t)
-        for undo in (applied.revert, lambda: hf_accel.revert(t), lambda: hf_accel.apply(t, "toy-schedule", low=0.5)):
+        ways = (
+            applied.revert,
+            lambda: applied.revert(force=True),
+            lambda: hf_accel.revert(t, force=True),
+            lambda: hf_accel.apply(t, "toy-schedule", low=0.5),
+        )
+        for undo in ways:
             with pytest.raises(errors.RevertRefused, match=r"under way.*Nothing was changed") as refused:
                 undo()
             refusals.append(str(refused.value))
