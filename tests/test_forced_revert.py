@@ -328,22 +328,15 @@ def test_a_compiled_model_is_reverted_without_force():
 # -- language models -----------------------------------------------------------------------------------------------
 
 
-def test_another_attention_of_a_language_model():
+def test_another_attention_of_a_language_model_is_in_nobodys_way():
+    """Methods read a view of the configuration, which is not ours to undo."""
     model = tiny.build("llama")
     dense = output(model, "llama")
     applied = hf_accel.apply(model, "sparge", topk=0.5)
     model.set_attn_implementation("eager")
-    with pytest.raises(RevertRefused) as refused:
-        applied.revert()
-    said(refused)
-    forced(applied)
+    assert applied.revert() == ()
     assert model.config._attn_implementation == "eager"
     assert torch.allclose(output(model, "llama"), dense, atol=1e-5)
-    model.set_attn_implementation("sdpa")
-    applied = hf_accel.apply(model, "sparge", topk=0.5)
-    model.set_attn_implementation("sdpa")  # which it was before
-    assert applied.revert() == ()
-    assert torch.equal(output(model, "llama"), dense)
 
 
 # -- what force does not pass over ---------------------------------------------------------------------------------
