@@ -72,13 +72,21 @@ class QWHALinear(nn.Module, BaseTunerLayer):
         return base.weight if hasattr(base, "weight") else base.qweight
 
     def update_layer(self, adapter_name: str, config: QWHAConfig) -> None:
-        """Add an adapter, or put a new one in its place."""
+        """Add an adapter, or put a new one in its place.
+
+        Places come from the configuration's ``seed`` and the layer's name, random values (``init_weights=False``) from
+        torch's global generator, as those of peft's other tuners do.
+
+        Raises:
+            InvalidSetting: the layer has fewer weights than the adapter would have coefficients, or no whole transform
+                where the configuration asks for one.
+        """
         m, n = self.out_features, self.in_features
         count = config.coefficients(self.layer_name, m, n)
         config.block(self.layer_name, n)
         generator = torch.Generator().manual_seed(config.seed + zlib.crc32(self.layer_name.encode()))
         indptr, columns = spread(m, n, count, generator)
-        values = torch.zeros(count) if config.init_weights else torch.randn(count, generator=generator)
+        values = torch.zeros(count) if config.init_weights else torch.randn(count)
         self.qwha_values[adapter_name] = nn.Parameter(values)
         self.qwha_indptr[adapter_name] = indptr
         self.qwha_columns[adapter_name] = columns
@@ -249,7 +257,11 @@ class QWHALinear(nn.Module, BaseTunerLayer):
             )
         weight = self.merged_weight(names, sign)
         if safe and not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"NaNs detected in the merged weights. Adapter {', '.join(names)} seems to be broken.")
+            # A sentence of peft's, which tools match.
+            broken = [name for name in names if not bool(torch.isfinite(self.get_delta_weight(name)).all())] or names
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(broken)} seems to be broken"
+            )
         self.set_base_weight(weight.T.contiguous() if _is_conv1d(self.get_base_layer()) else weight)
 
     # -- files ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,290 @@
+"""QWHA in peft's own tests: a pytest plug-in that adds its rows to the lists peft's test files run through.
+
+peft tests all its tuners by the same functions, each parametrised over a list of configurations. The files are those of
+peft's sdist; ``tests/peers/peft.sh`` fetches it and loads this plug-in (``-p peft_plugin``). When one of the files is
+imported, the rows of :data:`LISTS` and :data:`INLINE` are put behind peft's own, and its parametrisations are narrowed
+to ours: peft has run its own rows already. Tests that run through none of these lists are deselected.
+
+No model of the Hub is needed: of each architecture that the lists name, :data:`STAND_INS` makes a small one with random
+weights, laid out as the Hub's cache. Tests that need what cannot be made here are skipped, :data:`SKIPS` says why;
+:data:`FAILURES` says why a test cannot pass. Both are strict: a test named there that would pass is an error.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Read by huggingface_hub when it is imported, which importing peft does.
+os.environ["HF_HUB_OFFLINE"] = "1"
+_HUB = tempfile.TemporaryDirectory(prefix="hf_accel-peers-")
+os.environ["HF_HUB_CACHE"] = _HUB.name
+
+import pytest
+import torch
+import transformers
+
+from hf_accel.peft import QWHAConfig
+
+OPT = "peft-internal-testing/tiny-random-OPTForCausalLM"
+
+
+def _opt() -> Any:
+    return transformers.OPTConfig(
+        vocab_size=128, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16,
+        max_position_embeddings=100, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+
+
+def _llama(kind: Any = None, **more: Any) -> Any:
+    return (kind or transformers.LlamaConfig)(
+        vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=100, bos_token_id=0, eos_token_id=2, pad_token_id=1, **more,
+    )  # fmt: skip
+
+
+def _bert(kind: Any = None, **more: Any) -> Any:
+    return (kind or transformers.BertConfig)(
+        vocab_size=128, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=100, pad_token_id=0, **more,
+    )  # fmt: skip
+
+
+_DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 16, "type_vocab_size": 0}
+
+#: Name on the Hub, class, configuration. Sizes are as small as the originals', vocabularies smaller.
+STAND_INS: dict[str, tuple[str, Any]] = {
+    OPT: ("OPTForCausalLM", _opt),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": (
+        "GPT2LMHeadModel",
+        lambda: transformers.GPT2Config(
+            vocab_size=128, n_embd=16, n_layer=2, n_head=4, n_positions=100, bos_token_id=0, eos_token_id=2
+        ),
+    ),
+    "peft-internal-testing/tiny-random-GPTJForCausalLM": (
+        "GPTJForCausalLM",
+        lambda: transformers.GPTJConfig(
+            vocab_size=128, n_embd=16, n_layer=2, n_head=4, rotary_dim=4, n_positions=100, bos_token_id=0,
+            eos_token_id=2,
+        ),
+    ),  # fmt: skip
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", _llama),
+    "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", lambda: _llama(transformers.Qwen2Config)),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
+        "Gemma3ForCausalLM",
+        lambda: _llama(transformers.Gemma3TextConfig, head_dim=4),
+    ),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
+        "T5ForConditionalGeneration",
+        lambda: transformers.T5Config(
+            vocab_size=128, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0
+        ),
+    ),
+    "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
+        "BartForConditionalGeneration",
+        lambda: transformers.BartConfig(
+            vocab_size=128, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=100,
+        ),
+    ),  # fmt: skip
+    "peft-internal-testing/tiny-random-BertModel": ("BertModel", _bert),
+    "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", lambda: _bert(transformers.RobertaConfig)),
+    "peft-internal-testing/tiny-random-DebertaModel": (
+        "DebertaModel",
+        lambda: _bert(transformers.DebertaConfig, **_DEBERTA),
+    ),
+    "peft-internal-testing/tiny-random-DebertaV2Model": (
+        "DebertaV2Model",
+        lambda: _bert(transformers.DebertaV2Config, **_DEBERTA),
+    ),
+    "peft-internal-testing/tiny-random-BertForSequenceClassification": ("BertForSequenceClassification", _bert),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
+        "RobertaForSequenceClassification",
+        lambda: _bert(transformers.RobertaConfig),
+    ),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": ("LlamaForSequenceClassification", _llama),
+}
+
+_SMALL = {"n_coefficients": 10}
+_BUDGET = {"n_coefficients": 40, "target_modules": None}
+
+
+def _mlp(name: str, model: str = "MLP", **settings: Any) -> tuple[str, str, type, dict[str, Any]]:
+    return (name, model, QWHAConfig, {**_SMALL, **settings})
+
+
+#: By test file and name of the list.
+LISTS: dict[str, dict[str, list[Any]]] = {
+    "test_custom_models": {
+        "TEST_CASES": [
+            _mlp("Vanilla MLP 1 QWHA", target_modules="lin0"),
+            _mlp("Vanilla MLP 2 QWHA", target_modules=["lin0"]),
+            _mlp("Vanilla MLP 3 QWHA", target_modules=["lin1"]),
+            _mlp("Vanilla MLP 4 QWHA", target_modules=["lin0", "lin1"], path="weight"),
+            _mlp("Vanilla MLP 5 QWHA", target_modules=["lin0"], modules_to_save=["lin1"]),
+            _mlp("Vanilla MLP 6 QWHA", target_modules=["lin0", "lin1"], path="activation"),
+            (
+                "Vanilla MLP 7 QWHA",
+                "MLP",
+                QWHAConfig,
+                {"r": 1, "coefficients_pattern": {"lin0": 30}, "target_modules": ["lin0", "lin1"]},
+            ),
+            _mlp("Embedding + transformers Conv1D 1 QWHA", "EmbConv1D", target_modules=["conv1d"], n_coefficients=3),
+        ],
+        "ALL_PEFT_CONFIG_CLASSES": [QWHAConfig],
+        "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": [
+            (
+                "QWHA Same",
+                "qwha",
+                QWHAConfig,
+                {**_SMALL, "target_modules": ["lin0"], "init_weights": False},
+                {**_SMALL, "target_modules": ["lin0"], "init_weights": False},
+            ),
+            (
+                "QWHA Different",
+                "qwha",
+                QWHAConfig,
+                {**_SMALL, "target_modules": ["lin0"], "init_weights": False},
+                {**_SMALL, "target_modules": ["lin1"], "init_weights": False},
+            ),
+        ],
+    },
+    "test_config": {
+        "ALL_CONFIG_CLASSES": [(QWHAConfig, {})],
+        "LAYER_INDEXING_CONFIG_CLASSES": [(QWHAConfig, {})],
+    },
+    "test_decoder_models": {"ALL_CONFIGS": [(QWHAConfig, {"task_type": "CAUSAL_LM", **_BUDGET})]},
+    "test_encoder_decoder_models": {"ALL_CONFIGS": [(QWHAConfig, {"task_type": "SEQ_2_SEQ_LM", **_BUDGET})]},
+    "test_feature_extraction_models": {"ALL_CONFIGS": [(QWHAConfig, {"task_type": "FEATURE_EXTRACTION", **_BUDGET})]},
+    "test_seq_classifier": {"ALL_CONFIGS": [(QWHAConfig, {"task_type": "SEQ_CLS", **_BUDGET})]},
+    "test_token_classification_qa": {
+        "TOKEN_CLS_CONFIGS": [(QWHAConfig, {"task_type": "TOKEN_CLS", **_BUDGET})],
+        "QA_CONFIGS": [(QWHAConfig, {"task_type": "QUESTION_ANS", **_BUDGET})],
+    },
+}
+
+#: Lists that stand in a test's own decorator: by test file and function, the rows for its first list of tuners.
+INLINE: dict[str, dict[str, list[Any]]] = {
+    "test_custom_models": {
+        "test_multiple_adapters_mixed_modules_to_save": [lambda **more: QWHAConfig(**_SMALL, **more)],
+        "test_multiple_adapters_mixed_modules_to_save_order_switched": [lambda **more: QWHAConfig(**_SMALL, **more)],
+        "test_adapter_name_makes_no_difference": [
+            QWHAConfig(**_SMALL, target_modules=["lin0"], init_weights=False)
+        ],
+    },
+    "test_low_level_api": {
+        "test_inject_from_state_dict_and_from_config_target_same_layers": [QWHAConfig(n_coefficients=40)],
+    },
+    "test_other": {
+        "test_self_targeting_is_ignored": [
+            (QWHAConfig, {**_SMALL, "target_modules": "l1.*"}),
+        ],
+    },
+}
+
+#: Pattern of a test's id, and what it needs that is not here.
+SKIPS: dict[str, str] = {}
+
+#: Pattern of a test's id, and why QWHA does not pass it.
+FAILURES: dict[str, str] = {}
+
+
+# -- the hooks ---------------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable"):
+        # peft's pyproject makes errors of transformers' warnings, and peft calls what this transformers deprecates.
+        config.addinivalue_line("filterwarnings", f"ignore:.{name}. is deprecated:FutureWarning")
+    if importlib.util.find_spec("datasets") is None:
+        # peft's testing_utils imports it for tests on data of the Hub, of which none is ours.
+        stand_in: Any = types.ModuleType("datasets")
+        stand_in.__spec__ = importlib.machinery.ModuleSpec("datasets", None)  # is_datasets_available() looks
+        stand_in.load_dataset = lambda *args, **kwargs: pytest.skip("needs a data set of the Hub")
+        sys.modules["datasets"] = stand_in
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makemodule(module_path: Path) -> Iterator[Any]:
+    collector = yield
+    name = module_path.stem
+    if name in LISTS or name in INLINE:
+        extend(collector.obj, LISTS.get(name, {}), INLINE.get(name, {}))
+        utils = sys.modules.get(f"{collector.obj.__package__}.testing_utils")
+        if utils is not None:  # what was accessed before is not asked for at the Hub again
+            utils._HUB_MODEL_ACCESSES.update(dict.fromkeys(STAND_INS, 1))
+    return collector
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ours = [item for item in items if getattr(getattr(item, "function", None), "_hf_accel_rows", False)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(ours)])
+    items[:] = ours
+    for item in items:
+        for pattern, reason in SKIPS.items():
+            if re.search(pattern, item.nodeid):
+                item.add_marker(pytest.mark.skip(reason=reason))
+        for pattern, reason in FAILURES.items():
+            if re.search(pattern, item.nodeid):
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hub() -> None:
+    """The stand-ins, where ``from_pretrained`` looks for what was downloaded before."""
+    for name, (cls, config) in STAND_INS.items():
+        torch.manual_seed(0)
+        model = getattr(transformers, cls)(config())
+        home = Path(_HUB.name) / f"models--{name.replace('/', '--')}"
+        revision = "0" * 40
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text(revision)
+        model.save_pretrained(home / "snapshots" / revision)
+
+
+# -- the lists ---------------------------------------------------------------------------------------------------------
+
+
+def extend(module: Any, lists: dict[str, list[Any]], inline: dict[str, list[Any]]) -> None:
+    """Put our rows behind those of a test file of peft's, and narrow its tests to ours.
+
+    Raises:
+        LookupError: the file has no such list or test: this is another peft than the one the tables were made for.
+    """
+    theirs = {id(getattr(module, name, None)): rows for name, rows in lists.items()}
+    for name, rows in lists.items():
+        if not hasattr(module, name):
+            raise LookupError(f"{module.__name__} has no list {name}")
+        found = getattr(module, name)
+        setattr(module, name, type(found)([*found, *rows]))
+    missing = set(inline)
+    for function in _functions(module):
+        missing.discard(function.__name__)
+        marks = getattr(function, "pytestmark", [])
+        for place, mark in enumerate(marks):
+            if mark.name != "parametrize":
+                continue
+            names, values = mark.args
+            rows = theirs.get(id(values))
+            if rows is None and "config" in str(names):
+                rows = inline.get(function.__name__)
+            if rows is not None:
+                ids = ["QWHA"] if len(rows) == 1 else None
+                marks[place] = pytest.mark.parametrize(names, rows, ids=ids).mark
+                function._hf_accel_rows = True
+    if missing:
+        raise LookupError(f"{module.__name__} has no test {', '.join(sorted(missing))}")
+
+
+def _functions(module: Any) -> Iterable[Any]:
+    for value in vars(module).values():
+        members = vars(value).values() if isinstance(value, type) and value.__module__ == module.__name__ else [value]
+        yield from (m for m in members if isinstance(m, types.FunctionType) and m.__name__.startswith("test_"))
