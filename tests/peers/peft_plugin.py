@@ -47,7 +47,7 @@ def _opt() -> Any:
 def _llama(kind: Any = None, **more: Any) -> Any:
     return (kind or transformers.LlamaConfig)(
         vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=100, bos_token_id=0, eos_token_id=2, pad_token_id=1, **more,
+        num_key_value_heads=2, max_position_embeddings=100, bos_token_id=0, eos_token_id=2, pad_token_id=3, **more,
     )  # fmt: skip
 
 
@@ -121,6 +121,11 @@ def _mlp(name: str, model: str = "MLP", **settings: Any) -> tuple[str, str, type
     return (name, model, QWHAConfig, {**_SMALL, **settings})
 
 
+def _mixed(name: str, first: dict[str, Any], second: dict[str, Any]) -> tuple[str, QWHAConfig, QWHAConfig]:
+    shared = {**_SMALL, "target_modules": ["lin0"], "init_weights": False}
+    return (name, QWHAConfig(**{**shared, **first}), QWHAConfig(**{**shared, **second}))
+
+
 #: By test file and name of the list.
 LISTS: dict[str, dict[str, list[Any]]] = {
     "test_custom_models": {
@@ -156,6 +161,7 @@ LISTS: dict[str, dict[str, list[Any]]] = {
                 {**_SMALL, "target_modules": ["lin1"], "init_weights": False},
             ),
         ],
+        "MIXED_ADAPTER_TEST_CASES": [_mixed("QWHA mixed adapter", {}, {"n_coefficients": 30})],
     },
     "test_config": {
         "ALL_CONFIG_CLASSES": [(QWHAConfig, {})],
@@ -178,6 +184,15 @@ INLINE: dict[str, dict[str, list[Any]]] = {
         "test_multiple_adapters_mixed_modules_to_save_order_switched": [lambda **more: QWHAConfig(**_SMALL, **more)],
         "test_adapter_name_makes_no_difference": [
             QWHAConfig(**_SMALL, target_modules=["lin0"], init_weights=False)
+        ],
+        "test_mixed_adapter_batches_different_target_layers": [
+            _mixed("QWHA mixed adapter with different target layers", {}, {"target_modules": ["lin1"]})
+        ],
+        "test_mixed_adapter_batches_multiple_modules_to_save": [
+            _mixed("QWHA mixed adapter with modules to save", *[{"modules_to_save": ["lin1"]}] * 2)
+        ],
+        "test_mixed_adapter_batches_partly_overlapping_target_layers": [
+            _mixed("QWHA mixed adapter with overlapping layers", {}, {"target_modules": ["lin0", "lin1"]})
         ],
     },
     "test_low_level_api": {

@@ -19,6 +19,7 @@ from hf_accel.kernels.quantized_linear import Packed
 from hf_accel.kernels.qwha_weight import qwha_activation, qwha_weight
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.sites.adapter.peft.backends import ALTERNATIVES, backend_of, packed_parts
+from hf_accel.sites.adapter.peft.qwha.batches import check_names
 from hf_accel.sites.adapter.peft.qwha.coefficients import Coefficients, check_positions, combine, spread
 from hf_accel.sites.adapter.peft.qwha.config import QWHAConfig
 from hf_accel.sites.adapter.peft.qwha.linear import updated_linear
@@ -152,31 +153,52 @@ class QWHALinear(nn.Module, BaseTunerLayer):
     # -- forward -------------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base's output with the active adapters, ``[..., n]`` -> ``[..., m]``.
+
+        Args:
+            x: in any float dtype.
+            args, kwargs: for the base. ``adapter_names``, one per sample, chooses the adapter of each ("__base__":
+                none) in place of the active ones; :class:`QWHAModel` hands it to every layer.
+
+        Raises:
+            ValueError: ``adapter_names`` of another number than there are samples, or while adapters are merged.
+        """
+        mixed = kwargs.pop("adapter_names", None)
+        if mixed is not None:
+            check_names(mixed, x, self.merged)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [name for name in self.active_adapters if name in self.qwha_values]
+        names = [name for name in mixed or self.active_adapters if name in self.qwha_values]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
         if self._unchecked and not torch.compiler.is_compiling():
             self._check_positions()
-        coefficients = self.coefficients(names)
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        if self.side(x, names) == "weight":
-            weight = None if args or kwargs else self._own_weight()
-            if weight is not None:
-                if isinstance(weight, torch.Tensor) and not autocast and weight.dtype != x.dtype:
-                    dtype = weight.dtype  # the product then says that they do not fit, as without an adapter
-                base: Any = self.base_layer
-                bias = None if base.bias is None else base.bias.to(dtype)
-                return updated_linear(x.to(dtype) if autocast else x, coefficients, self.block, weight, bias, dtype)
-            update = updated_linear(x.to(dtype), coefficients, self.block)
-        else:
-            update = qwha_activation(x, *coefficients, 1.0, blocks=self.block)
+        whole = self._own_weight() if mixed is None and not args and not kwargs else None
+        if whole is not None and self.side(x, names) == "weight":
+            if isinstance(whole, torch.Tensor) and not autocast and whole.dtype != x.dtype:
+                dtype = whole.dtype  # the product then says that they do not fit, as without an adapter
+            base: Any = self.base_layer
+            bias = None if base.bias is None else base.bias.to(dtype)
+            x = x.to(dtype) if autocast else x
+            return updated_linear(x, self.coefficients(names), self.block, whole, bias, dtype)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        return result + update.to(result.dtype)
+        if mixed is None:
+            return result + self._update(x, names, dtype).to(result.dtype)
+        for name in dict.fromkeys(names):
+            places = torch.tensor([i for i, chosen in enumerate(mixed) if chosen == name], device=x.device)
+            result = result.index_add(0, places, self._update(x[places], [name], dtype).to(result.dtype))
+        return result
+
+    def _update(self, x: torch.Tensor, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
+        """What adapters add to the output, by the cheaper side."""
+        coefficients = self.coefficients(names)
+        if self.side(x, names) == "weight":
+            return updated_linear(x.to(dtype), coefficients, self.block)
+        return qwha_activation(x, *coefficients, 1.0, blocks=self.block)
 
     def side(self, x: torch.Tensor, adapter_names: Sequence[str]) -> str:
         """Where the update is applied to input ``x``: to the "weight" or to the "activation".

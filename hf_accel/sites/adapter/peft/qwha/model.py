@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hf_accel.errors import InvalidSetting, NotApplicable
 from hf_accel.hosts.target import unwrap
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.sites.adapter.peft.backends import backend_of
+from hf_accel.sites.adapter.peft.qwha.batches import names_for_layers
 from hf_accel.sites.adapter.peft.qwha.coefficients import Coefficients, add_up
 from hf_accel.sites.adapter.peft.qwha.layer import QWHALinear, factor_bits, why_unsupported
 
@@ -60,6 +62,19 @@ class QWHAModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             wrapped.requires_grad_(False)
         self._replace_module(parent, target_name, wrapped, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What ``PeftModel`` enters around ``forward`` and ``generate``: an adapter for each sample, where the call has
+        ``adapter_names``. Without this peft would drop that argument and give all samples the active adapter."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        known = {name for _, layer in self._layers() for name in layer.qwha_values}
+        beams = kwargs.get("num_beams")
+        with names_for_layers(self, names, known, beams if isinstance(beams, int) else 1):
+            yield
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
