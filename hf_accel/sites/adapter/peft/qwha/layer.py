@@ -27,6 +27,9 @@ from hf_accel.sites.adapter.peft.qwha.linear import updated_linear
 # What a gathered multiplication costs in terms of one in a transform; see :meth:`QWHALinear.side`.
 _GATHER = 8
 
+# What an adapter's file has of every layer.
+PARTS = ("qwha_values", "qwha_indptr", "qwha_columns", "qwha_factor")
+
 
 class QWHALinear(nn.Module, BaseTunerLayer):
     """A linear with adapters ``dW = factor * F H / block``, several of which sum.
@@ -38,6 +41,7 @@ class QWHALinear(nn.Module, BaseTunerLayer):
     Attributes:
         base_layer: the linear, or another tuner's wrapper of it.
         block: length of the transform: n, or of the blocks of a block-diagonal one.
+        offered: by adapter, the parts that the file now being loaded has.
     """
 
     adapter_layer_names = ("qwha_values",)
@@ -60,6 +64,7 @@ class QWHALinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unchecked: set[str] = set()
+        self.offered: dict[str, set[str]] = {}
         self._active_adapter = adapter_name
         self.layer_name = layer_name
         self.update_layer(adapter_name, config)
@@ -290,16 +295,16 @@ class QWHALinear(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Check what is about to be loaded: sizes, and positions, which no later step would miss."""
-        for name, values in self.qwha_values.items():
-            held = {
-                "qwha_values": values,
-                "qwha_indptr": self.qwha_indptr[name],
-                "qwha_columns": self.qwha_columns[name],
-                "qwha_factor": self.qwha_factor[name],
-            }
+        for name in self.qwha_values:
+            held = {part: getattr(self, part)[name] for part in PARTS}
             keys = {part: f"{prefix}{part}.{name}" for part in held}
             missing = [part for part, key in keys.items() if key not in state_dict]
-            if len(missing) == len(held):
+            dropped = self.offered.pop(name, set()) & set(missing)
+            if dropped:
+                # ignore_mismatched_sizes=True took some parts out; the others alone would be another adapter.
+                for key in keys.values():
+                    state_dict.pop(key, None)
+            if dropped or len(missing) == len(held):
                 continue
             owner = f"{self.layer_name}, adapter {name!r}"
             if missing:
@@ -358,4 +363,4 @@ def _sizes(base: Any) -> tuple[int, int]:
     raise NotApplicable(f"{type(base).__name__} does not say how many features it takes and gives; no adapter fits it.")
 
 
-__all__ = ["QWHALinear", "factor_bits", "why_unsupported"]
+__all__ = ["PARTS", "QWHALinear", "factor_bits", "why_unsupported"]
