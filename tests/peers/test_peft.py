@@ -13,8 +13,8 @@ import pytest
 SCRIPT = Path(__file__).with_name("peft.sh")
 NOT_TO_BE_HAD = 3
 
-# Both linears on the activation's side, a Conv1D, several adapters on one model, batches of different adapters, all about
-# configurations; of the causal models OPT, which has biases.
+# Both linears on the activation's side, a Conv1D, several adapters on one model, batches of different adapters, all
+# about configurations; of the causal models OPT, which has biases.
 FILES = ("tests/test_custom_models.py", "tests/test_config.py", "tests/test_decoder_models.py")
 CHOSEN = (
     "config_kwargs5 or config_kwargs7 or MultipleActive or MixedAdapter or RequiresGrad or test_config or "

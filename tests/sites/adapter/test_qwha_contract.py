@@ -77,9 +77,9 @@ def test_a_broken_adapter_is_named_as_peft_names_it(broken, value):
 
 
 def test_other_sentences_of_pefts():
-    with pytest.raises(InvalidSetting, match="`layers_to_transform` cannot be used when `target_modules` is a str."):
+    with pytest.raises(InvalidSetting, match=r"`layers_to_transform` cannot be used when `target_modules` is a str."):
         QWHAConfig(target_modules="q.*", layers_to_transform=[0])
-    with pytest.raises(InvalidSetting, match="`layers_pattern` cannot be used when `target_modules` is a str."):
+    with pytest.raises(InvalidSetting, match=r"`layers_pattern` cannot be used when `target_modules` is a str."):
         QWHAConfig(target_modules="q.*", layers_pattern="layers")
     with pytest.raises(InvalidSetting, match="When `layers_pattern` is specified, `layers_to_transform` must also"):
         QWHAConfig(target_modules=["q"], layers_pattern="layers")
@@ -194,7 +194,7 @@ def test_a_damaged_file_is_refused_after_a_load_that_ignored_sizes(tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     stored = load_file(file)
     model = get_peft_model(net(), one(n_coefficients=30))
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
         set_peft_model_state_dict(model, dict(stored), ignore_mismatched_sizes=True)
     del stored["base_model.model.0.qwha_columns"]
     save_file(stored, file)

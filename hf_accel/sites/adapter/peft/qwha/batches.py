@@ -72,8 +72,9 @@ class _Giving:
 
 def _encoder_modules(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
-            yield from module.get_encoder().modules()
+        encoder: Any = getattr(module, "get_encoder", None)
+        if encoder is not None and getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            yield from encoder().modules()
             return
 
 

@@ -127,8 +127,8 @@ class QWHAConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise InvalidSetting(
                 "QWHAConfig", "layers_pattern", self.layers_pattern,
-                "given with layers_to_transform: When `layers_pattern` is specified, `layers_to_transform` must also be "
-                "specified",
+                "given with layers_to_transform: When `layers_pattern` is specified, `layers_to_transform` must also "
+                "be specified",
             )  # fmt: skip
 
     def coefficients(self, name: str, rows: int, columns: int) -> int:

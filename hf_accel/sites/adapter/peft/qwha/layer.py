@@ -286,9 +286,7 @@ class QWHALinear(nn.Module, BaseTunerLayer):
         if safe and not bool(torch.isfinite(weight).all()):
             # A sentence of peft's, which tools match.
             broken = [name for name in names if not bool(torch.isfinite(self.get_delta_weight(name)).all())] or names
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(broken)} seems to be broken"
-            )
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(broken)} seems to be broken")
         self.set_base_weight(weight.T.contiguous() if _is_conv1d(self.get_base_layer()) else weight)
 
     # -- files ---------------------------------------------------------------------------------------------------------

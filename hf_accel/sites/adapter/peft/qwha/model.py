@@ -57,8 +57,8 @@ class QWHAModel(BaseTuner):
             # The first words are peft's, which tools match.
             raise NotApplicable(
                 f"Target module {type(base).__name__} is not supported. {current_key} cannot have a QWHA adapter: "
-                f"{reason}. Adapters go on nn.Linear, Conv1D, PackedLinear and quantised linears that peft knows; leave "
-                "it out of target_modules."
+                f"{reason}. Adapters go on nn.Linear, Conv1D, PackedLinear and quantised linears that peft knows; "
+                "leave it out of target_modules."
             )
         wrapped = QWHALinear(target, adapter_name, peft_config, current_key, **options)
         if adapter_name not in self.active_adapters:
@@ -83,8 +83,8 @@ class QWHAModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Also keep every dW where the file was saved under another ``alpha`` or ``scale``: values times old over new
-        factor. Equal factors leave values as they are, bit by bit. Layers learn which parts the file has of them, to tell
-        a damaged file from ``ignore_mismatched_sizes=True``."""
+        factor. Equal factors leave values as they are, bit by bit. Layers learn which parts the file has of them, to
+        tell a damaged file from ``ignore_mismatched_sizes=True``."""
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         here = {name: module for name, module in model.named_modules() if isinstance(module, QWHALinear)}
         for name, module in here.items():
