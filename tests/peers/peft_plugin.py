@@ -116,7 +116,8 @@ STAND_INS: dict[str, tuple[str, str, dict[str, Any]]] = {
 ADAPTER = ("peft-internal-testing/tiny-opt-lora-revision", "test")
 
 _SMALL = {"n_coefficients": 10}
-_BUDGET = {"n_coefficients": 40, "target_modules": None}
+# As many as the row of FourierFT has: a LoRA of rank 8, which test_lora_conversion makes of it, can hold so few.
+_BUDGET = {"n_coefficients": 10, "target_modules": None}
 
 
 def _mlp(name: str, model: str = "MLP", **settings: Any) -> tuple[str, str, type, dict[str, Any]]:
