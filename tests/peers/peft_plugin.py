@@ -116,8 +116,9 @@ STAND_INS: dict[str, tuple[str, str, dict[str, Any]]] = {
 ADAPTER = ("peft-internal-testing/tiny-opt-lora-revision", "test")
 
 _SMALL = {"n_coefficients": 10}
-# As many as the row of FourierFT has: a LoRA of rank 8, which test_lora_conversion makes of it, can hold so few.
-_BUDGET = {"n_coefficients": 10, "target_modules": None}
+# test_lora_conversion makes a LoRA of rank 8 of it and limits the error of the hidden states by a number. Eight
+# coefficients fit into that rank; more, in rows and columns of their own as they begin, do not.
+_BUDGET = {"n_coefficients": 8, "target_modules": None}
 
 
 def _mlp(name: str, model: str = "MLP", **settings: Any) -> tuple[str, str, type, dict[str, Any]]:
@@ -247,8 +248,10 @@ def pytest_pycollect_makemodule(module_path: Path) -> Iterator[Any]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    ours = [item for item in items if getattr(getattr(item, "function", None), "_hf_accel_rows", False)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(ours)])
+    ours, theirs = [], []
+    for item in items:
+        (ours if getattr(getattr(item, "function", None), "_hf_accel_rows", False) else theirs).append(item)
+    config.hook.pytest_deselected(items=theirs)
     items[:] = ours
     for item in items:
         for pattern, reason in SKIPS.items():
