@@ -47,7 +47,8 @@ class QWHAConfig(PeftConfig):
         modules_to_save: other modules to train and save.
         bias: "none", "all" or "qwha_only": biases of the base to train.
         layers_to_transform: indices of layers, with ``layers_pattern`` the name of their list.
-        init_weights: True: coefficients begin at zero, so that the adapter begins as nothing. False: normal random.
+        init_weights: True: coefficients begin at zero, so that the adapter begins as nothing. False: normal random,
+            from torch's global generator, as for peft's other tuners.
             ``hf_accel.initialize_qwha`` chooses both positions and values by calibration.
         selection: which coefficients the initialiser keeps, see ``hf_accel.patches.qwha``: "paper" or "code".
         allocation: how the initialiser divides a layer's budget among its outputs: "paper" or "code".
@@ -56,7 +57,7 @@ class QWHAConfig(PeftConfig):
             which is our extension of the paper.
         path: "weight" adds the update to the weight before the product, "activation" to the output after it, "auto"
             takes the cheaper by the number of tokens. They are equal to rounding.
-        seed: of the positions before initialisation, which are spread at random.
+        seed: of the positions before initialisation, which are spread at random; not of the values.
         format_version: of the adapter file.
     """
 
@@ -117,11 +118,18 @@ class QWHAConfig(PeftConfig):
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
+                    # The words in backquotes are peft's, here and below, which tools match.
                     raise InvalidSetting(
-                        "QWHAConfig", name, getattr(self, name), "absent where target_modules is a regular expression"
-                    )
+                        "QWHAConfig", name, getattr(self, name),
+                        f"None where target_modules is a regular expression: `{name}` cannot be used when "
+                        "`target_modules` is a str. Give target_modules as a list",
+                    )  # fmt: skip
         if self.layers_pattern and self.layers_to_transform is None:
-            raise InvalidSetting("QWHAConfig", "layers_pattern", self.layers_pattern, "given with layers_to_transform")
+            raise InvalidSetting(
+                "QWHAConfig", "layers_pattern", self.layers_pattern,
+                "given with layers_to_transform: When `layers_pattern` is specified, `layers_to_transform` must also "
+                "be specified",
+            )  # fmt: skip
 
     def coefficients(self, name: str, rows: int, columns: int) -> int:
         """p, the coefficients of a layer ``[rows, columns]``.

@@ -19,12 +19,16 @@ from hf_accel.kernels.quantized_linear import Packed
 from hf_accel.kernels.qwha_weight import qwha_activation, qwha_weight
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.sites.adapter.peft.backends import ALTERNATIVES, backend_of, packed_parts
+from hf_accel.sites.adapter.peft.qwha.batches import check_names
 from hf_accel.sites.adapter.peft.qwha.coefficients import Coefficients, check_positions, combine, spread
 from hf_accel.sites.adapter.peft.qwha.config import QWHAConfig
 from hf_accel.sites.adapter.peft.qwha.linear import updated_linear
 
 # What a gathered multiplication costs in terms of one in a transform; see :meth:`QWHALinear.side`.
 _GATHER = 8
+
+# What an adapter's file has of every layer.
+PARTS = ("qwha_values", "qwha_indptr", "qwha_columns", "qwha_factor")
 
 
 class QWHALinear(nn.Module, BaseTunerLayer):
@@ -37,6 +41,7 @@ class QWHALinear(nn.Module, BaseTunerLayer):
     Attributes:
         base_layer: the linear, or another tuner's wrapper of it.
         block: length of the transform: n, or of the blocks of a block-diagonal one.
+        offered: by adapter, the parts that the file now being loaded has.
     """
 
     adapter_layer_names = ("qwha_values",)
@@ -59,6 +64,7 @@ class QWHALinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unchecked: set[str] = set()
+        self.offered: dict[str, set[str]] = {}
         self._active_adapter = adapter_name
         self.layer_name = layer_name
         self.update_layer(adapter_name, config)
@@ -72,13 +78,21 @@ class QWHALinear(nn.Module, BaseTunerLayer):
         return base.weight if hasattr(base, "weight") else base.qweight
 
     def update_layer(self, adapter_name: str, config: QWHAConfig) -> None:
-        """Add an adapter, or put a new one in its place."""
+        """Add an adapter, or put a new one in its place.
+
+        Places come from the configuration's ``seed`` and the layer's name, random values (``init_weights=False``) from
+        torch's global generator, as those of peft's other tuners do.
+
+        Raises:
+            InvalidSetting: the layer has fewer weights than the adapter would have coefficients, or no whole transform
+                where the configuration asks for one.
+        """
         m, n = self.out_features, self.in_features
         count = config.coefficients(self.layer_name, m, n)
         config.block(self.layer_name, n)
         generator = torch.Generator().manual_seed(config.seed + zlib.crc32(self.layer_name.encode()))
         indptr, columns = spread(m, n, count, generator)
-        values = torch.zeros(count) if config.init_weights else torch.randn(count, generator=generator)
+        values = torch.zeros(count) if config.init_weights else torch.randn(count)
         self.qwha_values[adapter_name] = nn.Parameter(values)
         self.qwha_indptr[adapter_name] = indptr
         self.qwha_columns[adapter_name] = columns
@@ -144,31 +158,52 @@ class QWHALinear(nn.Module, BaseTunerLayer):
     # -- forward -------------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base's output with the active adapters, ``[..., n]`` -> ``[..., m]``.
+
+        Args:
+            x: in any float dtype.
+            args, kwargs: for the base. ``adapter_names``, one per sample, chooses the adapter of each ("__base__":
+                none) in place of the active ones; :class:`QWHAModel` hands it to every layer.
+
+        Raises:
+            ValueError: ``adapter_names`` of another number than there are samples, or while adapters are merged.
+        """
+        mixed = kwargs.pop("adapter_names", None)
+        if mixed is not None:
+            check_names(mixed, x, self.merged)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [name for name in self.active_adapters if name in self.qwha_values]
+        names = [name for name in mixed or self.active_adapters if name in self.qwha_values]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
         if self._unchecked and not torch.compiler.is_compiling():
             self._check_positions()
-        coefficients = self.coefficients(names)
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        if self.side(x, names) == "weight":
-            weight = None if args or kwargs else self._own_weight()
-            if weight is not None:
-                if isinstance(weight, torch.Tensor) and not autocast and weight.dtype != x.dtype:
-                    dtype = weight.dtype  # the product then says that they do not fit, as without an adapter
-                base: Any = self.base_layer
-                bias = None if base.bias is None else base.bias.to(dtype)
-                return updated_linear(x.to(dtype) if autocast else x, coefficients, self.block, weight, bias, dtype)
-            update = updated_linear(x.to(dtype), coefficients, self.block)
-        else:
-            update = qwha_activation(x, *coefficients, 1.0, blocks=self.block)
+        whole = self._own_weight() if mixed is None and not args and not kwargs else None
+        if whole is not None and self.side(x, names) == "weight":
+            if isinstance(whole, torch.Tensor) and not autocast and whole.dtype != x.dtype:
+                dtype = whole.dtype  # the product then says that they do not fit, as without an adapter
+            base: Any = self.base_layer
+            bias = None if base.bias is None else base.bias.to(dtype)
+            x = x.to(dtype) if autocast else x
+            return updated_linear(x, self.coefficients(names), self.block, whole, bias, dtype)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        return result + update.to(result.dtype)
+        if mixed is None:
+            return result + self._update(x, names, dtype).to(result.dtype)
+        for name in dict.fromkeys(names):
+            places = torch.tensor([i for i, chosen in enumerate(mixed) if chosen == name], device=x.device)
+            result = result.index_add(0, places, self._update(x[places], [name], dtype).to(result.dtype))
+        return result
+
+    def _update(self, x: torch.Tensor, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
+        """What adapters add to the output, by the cheaper side."""
+        coefficients = self.coefficients(names)
+        if self.side(x, names) == "weight":
+            return updated_linear(x.to(dtype), coefficients, self.block)
+        return qwha_activation(x, *coefficients, 1.0, blocks=self.block)
 
     def side(self, x: torch.Tensor, adapter_names: Sequence[str]) -> str:
         """Where the update is applied to input ``x``: to the "weight" or to the "activation".
@@ -249,23 +284,25 @@ class QWHALinear(nn.Module, BaseTunerLayer):
             )
         weight = self.merged_weight(names, sign)
         if safe and not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"NaNs detected in the merged weights. Adapter {', '.join(names)} seems to be broken.")
+            # A sentence of peft's, which tools match.
+            broken = [name for name in names if not bool(torch.isfinite(self.get_delta_weight(name)).all())] or names
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(broken)} seems to be broken")
         self.set_base_weight(weight.T.contiguous() if _is_conv1d(self.get_base_layer()) else weight)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Check what is about to be loaded: sizes, and positions, which no later step would miss."""
-        for name, values in self.qwha_values.items():
-            held = {
-                "qwha_values": values,
-                "qwha_indptr": self.qwha_indptr[name],
-                "qwha_columns": self.qwha_columns[name],
-                "qwha_factor": self.qwha_factor[name],
-            }
+        for name in self.qwha_values:
+            held = {part: getattr(self, part)[name] for part in PARTS}
             keys = {part: f"{prefix}{part}.{name}" for part in held}
             missing = [part for part, key in keys.items() if key not in state_dict]
-            if len(missing) == len(held):
+            dropped = self.offered.pop(name, set()) & set(missing)
+            if dropped:
+                # ignore_mismatched_sizes=True took some parts out; the others alone would be another adapter.
+                for key in keys.values():
+                    state_dict.pop(key, None)
+            if dropped or len(missing) == len(held):
                 continue
             owner = f"{self.layer_name}, adapter {name!r}"
             if missing:
@@ -324,4 +361,4 @@ def _sizes(base: Any) -> tuple[int, int]:
     raise NotApplicable(f"{type(base).__name__} does not say how many features it takes and gives; no adapter fits it.")
 
 
-__all__ = ["QWHALinear", "factor_bits", "why_unsupported"]
+__all__ = ["PARTS", "QWHALinear", "factor_bits", "why_unsupported"]

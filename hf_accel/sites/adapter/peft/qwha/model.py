@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from hf_accel.errors import InvalidSetting, NotApplicable
 from hf_accel.hosts.target import unwrap
 from hf_accel.quant.packed_linear import PackedLinear
 from hf_accel.sites.adapter.peft.backends import backend_of
+from hf_accel.sites.adapter.peft.qwha.batches import names_for_layers
 from hf_accel.sites.adapter.peft.qwha.coefficients import Coefficients, add_up
-from hf_accel.sites.adapter.peft.qwha.layer import QWHALinear, factor_bits, why_unsupported
+from hf_accel.sites.adapter.peft.qwha.layer import PARTS, QWHALinear, factor_bits, why_unsupported
 
 # The paper adapts every projection of a block.
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -52,26 +54,44 @@ class QWHAModel(BaseTuner):
         options = get_quantization_kwargs(self.model)
         reason = why_unsupported(base, backend_of(base, **options))
         if reason is not None:
+            # The first words are peft's, which tools match.
             raise NotApplicable(
-                f"{current_key} cannot have a QWHA adapter: {reason} ({type(base).__name__}). Adapters go on "
-                "nn.Linear, Conv1D, PackedLinear and quantised linears that peft knows; leave it out of target_modules."
+                f"Target module {type(base).__name__} is not supported. {current_key} cannot have a QWHA adapter: "
+                f"{reason}. Adapters go on nn.Linear, Conv1D, PackedLinear and quantised linears that peft knows; "
+                "leave it out of target_modules."
             )
         wrapped = QWHALinear(target, adapter_name, peft_config, current_key, **options)
         if adapter_name not in self.active_adapters:
             wrapped.requires_grad_(False)
         self._replace_module(parent, target_name, wrapped, target)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What ``PeftModel`` enters around ``forward`` and ``generate``: an adapter for each sample, where the call has
+        ``adapter_names``. Without this peft would drop that argument and give all samples the active adapter."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        known = {name for _, layer in self._layers() for name in layer.qwha_values}
+        beams = kwargs.get("num_beams")
+        with names_for_layers(self, names, known, beams if isinstance(beams, int) else 1):
+            yield
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Also keep every dW where the file was saved under another ``alpha`` or ``scale``: values times old over new
-        factor. Equal factors leave values as they are, bit by bit."""
+        factor. Equal factors leave values as they are, bit by bit. Layers learn which parts the file has of them, to
+        tell a damaged file from ``ignore_mismatched_sizes=True``."""
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         here = {name: module for name, module in model.named_modules() if isinstance(module, QWHALinear)}
         for name, module in here.items():
-            at = {part: f"{name}.{part}.{adapter_name}" for part in ("qwha_factor", "qwha_values")}
-            if adapter_name not in module.qwha_factor or not all(key in state_dict for key in at.values()):
+            at = {part: f"{name}.{part}.{adapter_name}" for part in PARTS}
+            module.offered[adapter_name] = {part for part, key in at.items() if key in state_dict}
+            needed = {"qwha_factor", "qwha_values"}
+            if adapter_name not in module.qwha_factor or not needed <= module.offered[adapter_name]:
                 continue
             saved, wanted = state_dict[at["qwha_factor"]].cpu(), module.qwha_factor[adapter_name].cpu()
             if saved.shape != wanted.shape or saved.dtype != wanted.dtype or torch.equal(saved, wanted):
@@ -105,13 +125,17 @@ class QWHAModel(BaseTuner):
         owner = "add_weighted_adapter"
         unknown = [name for name in adapters if name not in self.peft_config]
         if not adapters or unknown:
-            raise InvalidSetting(owner, "adapters", unknown or list(adapters), f"among {', '.join(self.peft_config)}")
+            # "Adapter ... does not exist" and "Invalid combination_type" are peft's, which tools match.
+            told = "".join(f" (Adapter {name} does not exist)" for name in unknown[:1])
+            among = f"among {', '.join(self.peft_config)}{told}"
+            raise InvalidSetting(owner, "adapters", unknown or list(adapters), among)
         if len(weights) != len(adapters):
             raise InvalidSetting(owner, "weights", list(weights), f"{len(adapters)} numbers, one per adapter")
         if adapter_name in self.peft_config:
             raise InvalidSetting(owner, "adapter_name", adapter_name, "a new name; delete_adapter frees one")
         if combination_type not in ("cat", "linear"):
-            raise InvalidSetting(owner, "combination_type", combination_type, "'cat' or 'linear'")
+            allowed = f"'cat' or 'linear' (Invalid combination_type: {combination_type})"
+            raise InvalidSetting(owner, "combination_type", combination_type, allowed)
         sums: dict[str, Coefficients] = {}
         for name, layer in self._layers():
             here = [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer.qwha_values]
