@@ -15,7 +15,7 @@ from hf_accel.config import Config as Settings
 from hf_accel.config import setting
 from hf_accel.errors import UnsupportedByKernel
 from hf_accel.hosts.clocks.steps import Clocks
-from hf_accel.hosts.target import Model
+from hf_accel.hosts.target import Model, kind
 from hf_accel.kernels.common import kernel_log
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
@@ -77,8 +77,8 @@ class AttentionMethod(Method):
 
     def _check_head_dim(self, model: Model, report: MethodReport) -> None:
         """Say before the first forward that the method's GPU kernel cannot do this model's heads."""
-        head_dim = model.config.get("attention_head_dim")
-        if not isinstance(head_dim, int) or head_dim <= self.facts.max_head_dim:
+        head_dim = _head_dim(model)
+        if head_dim is None or head_dim <= self.facts.max_head_dim:
             return
         words = (
             f"the heads of {model.class_name} have {head_dim} dims; the Triton kernel does {self.facts.max_head_dim}"
@@ -86,6 +86,19 @@ class AttentionMethod(Method):
         if getattr(self.config, "backend", "auto") == "triton":
             raise UnsupportedByKernel(f"{self.name}: {words}. Use backend='auto' or 'torch'.")
         report.notes.append(f"{words}: the torch form runs everywhere")
+
+
+def _head_dim(model: Model) -> int | None:
+    """The width of a model's attention heads, as its configuration tells; None if it does not."""
+    config = model.config
+    if kind(model.module) != "language model":
+        found = config.get("attention_head_dim")
+    elif "qk_nope_head_dim" in config:
+        found = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    else:
+        size, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        found = config.get("head_dim") or (size // heads if size and heads else None)
+    return found if isinstance(found, int) else None
 
 
 def why_no_kernel(call: AttentionCall) -> str | None:
