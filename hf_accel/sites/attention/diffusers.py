@@ -412,17 +412,18 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of a compiled model: runs the eager seam at every call. Layout as ``heads_first`` says."""
     context = active_context()
+
+    def reference(native: Any) -> torch.Tensor:
+        return _reference(query, key, value, mask, scale, causal, gqa, heads_first)
+
     if context is not None:
         context.leave_layer()
-    if context is None or needs_grad:
-        if context is not None:
-            context.run.dense_calls["gradients are needed and the method has no backward"] += 1
-        out = _reference(query, key, value, mask, scale, causal, gqa, heads_first)
+    if context is None:
+        out = reference(None)
+    elif needs_grad:
+        out = context.run_dense("gradients are needed and the method has no backward", reference)
     elif heads_first:
-        out = context.attend(
-            query, key, value, mask, scale, causal, False,
-            lambda native: _reference(query, key, value, mask, scale, causal, gqa, True),
-        )  # fmt: skip
+        out = context.attend(query, key, value, mask, scale, causal, False, reference)
     else:
         out = _dispatched_attention(query, key, value, mask, 0.0, causal, scale, gqa)
     return torch.empty_like(query, memory_format=torch.contiguous_format).copy_(out)

@@ -209,6 +209,8 @@ class AttentionSeam:
             self.finish()
         elif self._entered and self.places:
             self._count_unseen(self._why_unseen(index) for index in self._entered)
+        elif not self._calls:  # blocks that are compiled one by one tell of no entry
+            self._count_unseen(place.replaced() for place in self.places)
 
     def _why_unseen(self, layer: int) -> str | None:
         place = self.places[layer]
