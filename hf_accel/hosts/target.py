@@ -130,9 +130,10 @@ def kind(module: torch.nn.Module) -> str:
 
 
 def _is_decoder(module: torch.nn.Module) -> bool:
-    """Whether a model of transformers without a head for tokens is a stack of causal layers that keep keys and values
-    (``LlamaModel``, a classifier on it)."""
-    return any(getattr(sub, "is_causal", False) and hasattr(sub, "layer_idx") for sub in modules(module))
+    """Whether a model of transformers without a head for tokens is a stack of causal layers (``LlamaModel``, a
+    classifier on it)."""
+    found = [sub for sub in modules(module) if hasattr(sub, "is_causal") and hasattr(sub, "layer_idx")]
+    return bool(found) and all(sub.is_causal for sub in found)
 
 
 def is_training(obj: Any) -> bool:

@@ -142,3 +142,34 @@ def test_a_lattice_is_read_from_all_of_its_coordinates():
     assert dims_from_ids(torch.cat([ids[:-1], ids[:1]]), 48) is None
     assert dims_from_ids(torch.stack([ids, ids.flip(0)]), 48) is None
     assert dims_from_ids(torch.cat([ids, ids]), 96) is None
+
+
+def edited(family, shapes, text=128):
+    """A model and the arguments of an edit pipeline: the tokens of several pictures behind each other."""
+    model = tiny.build(family)
+    given = dict(tiny.TINY[family].inputs(model))
+    tokens = sum(height * width for _, height, width in shapes)
+    given |= {"hidden_states": torch.randn(1, tokens, 4), "encoder_hidden_states": torch.randn(1, text, 24)}
+    if family == "flux":
+        given["img_ids"] = torch.cat([lattice(h, w, image=n) for n, (_, h, w) in enumerate(shapes)])
+        given["txt_ids"] = torch.zeros(text, 3)
+    else:
+        given |= {"encoder_hidden_states_mask": torch.ones(1, text, dtype=torch.bool), "img_shapes": [shapes]}
+    return model, given
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen-image"])
+@pytest.mark.parametrize("shapes", [[(1, 16, 32)], [(1, 16, 16)] * 2, [(1, 16, 16), (1, 8, 16), (1, 8, 16)]])
+@torch.no_grad()
+def test_edit_pipelines_keep_their_text(family, shapes, monkeypatch):
+    seen = []
+    plan = Sparge.plan
+    monkeypatch.setattr(Sparge, "plan", lambda self, call: seen.append((call, plan(self, call))) or seen[-1][1])
+    model, given = edited(family, shapes)
+    with hf_accel.apply(model, "sparge", topk=0.2, block_q=64, block_k=64):
+        model(**given)
+    assert len(seen) == tiny.TINY[family].layers
+    for call, made in seen:
+        assert (call.grid is None) == (len(shapes) > 1)
+        assert call.span == (128, 640)
+        assert made.columns.nonzero().flatten().tolist() == [0, 1]
