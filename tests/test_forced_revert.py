@@ -339,6 +339,25 @@ def test_another_attention_of_a_language_model_is_in_nobodys_way():
     assert torch.allclose(output(model, "llama"), dense, atol=1e-5)
 
 
+def test_another_configuration_of_a_layer():
+    """Ours is a view; whoever kept it has a plain configuration afterwards."""
+    model = tiny.build("llama")
+    dense = output(model, "llama")
+    applied = hf_accel.apply(model, "sparge", topk=0.5)
+    attention = model.model.layers[0].self_attn
+    kept = attention.config
+    attention.config = copy.deepcopy(model.config)
+    with pytest.raises(RevertRefused) as refused:
+        applied.revert()
+    said(refused)
+    forced(applied)
+    assert kept._attn_implementation == "sdpa"
+    assert torch.allclose(output(model, "llama"), dense, atol=1e-5)
+    attention.config = kept
+    assert torch.equal(output(model, "llama"), dense)
+    hf_accel.apply(model, "sparge", topk=0.5).revert()
+
+
 # -- what force does not pass over ---------------------------------------------------------------------------------
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+from hf_accel.ledger import Ledger
 
 NATIVE = ("sdpa", "eager")  # implementations that our functions can stand in front of
 
@@ -48,39 +50,43 @@ def native_function(implementation: str, module: torch.nn.Module) -> Callable:
     return AttentionInterface()[implementation]
 
 
+def read_renamed(attentions: Iterable[Any], prefix: str, ledger: Ledger) -> None:
+    """Let attention modules read the name of their implementation with ``prefix`` in front of it."""
+    views: dict[int, Any] = {}
+    for attention in attentions:
+        config = attention.config
+        if id(config) not in views:
+            views[id(config)] = renamed(config, prefix)
+        ledger.set(attention, "config", views[id(config)])
+
+
 def renamed(config: Any, prefix: str) -> Any:
-    """A configuration in which the attention implementation has ``prefix`` in front of its name, for one attention
-    module to read.
+    """A configuration in which the attention implementation has ``prefix`` in front of its name, for attention modules
+    to read.
 
     It is a view: all else in it is the same as in ``config``, now and later. So ``model.set_attn_implementation(...)``
     and changes of the configuration reach the attention module as before. An implementation that is none of
     :data:`NATIVE` keeps its name, and so runs without ours.
     """
     base: Any = type(config)
-    view = object.__new__(_renamed_class(base, prefix))
-    object.__setattr__(view, "__dict__", config.__dict__)
-    object.__setattr__(view, "_hf_accel_original", config)
-    return view
 
-
-@functools.cache
-def _renamed_class(base: Any, prefix: str) -> Any:
     def name(view: Any) -> str | None:
         implementation = view._attn_implementation_internal
         return prefix + implementation if implementation in NATIVE else implementation
 
     def set_name(view: Any, value: Any) -> None:
-        view._hf_accel_original._attn_implementation = value
+        config._attn_implementation = value
 
     members = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
-        "__slots__": ("_hf_accel_original",),  # not in the dictionary that both have
         "_attn_implementation": property(name, set_name),
         # In a copy of the whole model the view is one of the configuration's copy. Whoever copies it alone gets what it
         # shows, without our name.
-        "__deepcopy__": lambda view, memo: renamed(copy.deepcopy(view._hf_accel_original, memo), prefix),
-        "__copy__": lambda view: copy.copy(view._hf_accel_original),
-        "__reduce_ex__": lambda view, protocol: view._hf_accel_original.__reduce_ex__(protocol),
+        "__deepcopy__": lambda view, memo: renamed(copy.deepcopy(config, memo), prefix),
+        "__copy__": lambda view: copy.copy(config),
+        "__reduce_ex__": lambda view, protocol: config.__reduce_ex__(protocol),
     }
-    return type(base.__name__, (base,), members)
+    view: Any = object.__new__(type(base.__name__, (base,), members))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    return view

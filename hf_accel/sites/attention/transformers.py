@@ -22,7 +22,7 @@ from hf_accel.attention.call import Step
 from hf_accel.attention.masks import split_causal
 from hf_accel.errors import NothingPatched
 from hf_accel.hosts import attention_interface
-from hf_accel.hosts.attention_interface import ALTERING, NATIVE, native_function, renamed
+from hf_accel.hosts.attention_interface import ALTERING, NATIVE, native_function
 from hf_accel.hosts.clocks.steps import Clocks
 from hf_accel.hosts.denoisers import Denoiser
 from hf_accel.hosts.patching.registration import SharedRegistration
@@ -159,8 +159,8 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
     seams = AttentionSeams(LanguageContext([name for name, _ in found], core, clock))
     report.run = seams
     ledger.hold(SharedRegistration(PREFIX, _register))
+    attention_interface.read_renamed((attention for _, attention in found), PREFIX, ledger)
     for index, (name, attention) in enumerate(found):
-        ledger.set(attention, "config", renamed(attention.config, PREFIX))
         ledger.pre_hook(attention, LayerHook(seams, index))
         seams.shared.places.append(_LanguagePlace(attention, attention.config))
         report.patched.append(Patched(model.name, name, "attention through transformers' AttentionInterface"))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hf_accel.errors import NothingPatched
-from hf_accel.hosts.attention_interface import NATIVE, renamed
+from hf_accel.hosts.attention_interface import NATIVE, read_renamed
 from hf_accel.hosts.block_families import (
     DIFFUSION_GEMMA,
     LLADA2,
@@ -95,13 +95,12 @@ def install(model: Model, core: PrefixCore, ledger: Ledger, report: MethodReport
     report.run = seams
     if gemma:
         ledger.hold(SharedRegistration(block_gemma.PREFIX, block_gemma.register))
+        # The encoder, which has the same configuration, keeps its own attention.
+        read_renamed((attention for _, attention in found), block_gemma.PREFIX, ledger)
     make = block_gemma.forward_without_cache if gemma else block_sdar.split_forward
     forwards = {cls: make(cls) for cls in {type(attention) for _, attention in found}}
     for index, (name, attention) in enumerate(found):
         ledger.set(attention, SEAT, Seat(seams, index))
-        if gemma:
-            # The encoder, which has the same configuration, keeps its own attention.
-            ledger.set(attention, "config", renamed(attention.config, block_gemma.PREFIX))
         override_forward(ledger, attention, types.MethodType(forwards[type(attention)], attention))
         report.patched.append(Patched(model.name, name, f"attention of denoising steps ({family.name})"))
     if core.traceable and not gemma:
