@@ -120,6 +120,12 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def in_functional_transform() -> bool:
+    """Whether a transform of ``torch.func`` (jvp, vmap, grad) or forward-mode differentiation is on: tensors then carry
+    what an operator that was not made for it drops without a word."""
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class Occupied:
     """Refuses a second thread where one is inside: a request is one caller's, who does one thing at a time."""
 

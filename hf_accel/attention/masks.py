@@ -21,19 +21,20 @@ class MaskMemo:
     """What masks are, found once for the layers of a forward that are handed the same mask."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[weakref.ref[torch.Tensor], Any]] = []
+        self._known: list[tuple[weakref.ref[torch.Tensor], int, Any]] = []
 
     def begin_forward(self) -> None:
         """Masks of the last forward may have been written to since."""
         self._known.clear()
 
     def get(self, mask: torch.Tensor, find: Callable[[], T]) -> T:
-        """What ``find()`` says of this very tensor, asked once."""
-        for known, found in self._known:
-            if known() is mask:
+        """What ``find()`` says of this very tensor, asked once while nobody writes to it."""
+        version = 0 if mask.is_inference() else mask._version
+        for known, of, found in self._known:
+            if known() is mask and of == version:
                 return found
         found = find()
-        self._known = [*self._known[-3:], (weakref.ref(mask), found)]  # layers of a few kinds take turns
+        self._known = [*self._known[-3:], (weakref.ref(mask), version, found)]  # layers of a few kinds take turns
         return found
 
     def __deepcopy__(self, memo: dict) -> MaskMemo:

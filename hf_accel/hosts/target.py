@@ -132,6 +132,8 @@ def kind(module: torch.nn.Module) -> str:
 def _is_decoder(module: torch.nn.Module) -> bool:
     """Whether a model of transformers without a head for tokens is a stack of causal layers (``LlamaModel``, a
     classifier on it)."""
+    if getattr(module, "main_input_name", None) != "input_ids":
+        return False  # of sounds, series, pictures
     found = [sub for sub in modules(module) if hasattr(sub, "is_causal") and hasattr(sub, "layer_idx")]
     return bool(found) and all(sub.is_causal for sub in found)
 

@@ -120,5 +120,7 @@ def test_a_memo_knows_a_mask_by_its_identity_and_for_one_forward():
         return memo.get(mask, lambda: asked.append(id(mask)) or len(asked))
 
     assert [find(one), find(other), find(one), find(other)] == [1, 2, 1, 2]
-    memo.begin_forward()
+    one[0, 0] = False
     assert find(one) == 3
+    memo.begin_forward()
+    assert find(other) == 4

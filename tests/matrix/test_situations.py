@@ -46,18 +46,22 @@ def plain(family: str, **kwargs: Any) -> Situation:
 # -- guidance by perturbed attention -------------------------------------------------------------------------------
 
 
-def guider(family: str, **settings: Any) -> Situation:
-    """A guider of modular diffusers: hooks of its own for one forward."""
+def guider(family: str) -> Situation:
+    """A guider of modular diffusers: hooks of its own for the third of its forwards."""
     from diffusers.guiders import PerturbedAttentionGuidance
 
     found = plain(family)
-    guidance = PerturbedAttentionGuidance(perturbed_guidance_config=LayerSkipConfig([0], **settings))
-    guidance.set_state(step=0, num_inference_steps=4, timestep=torch.tensor(500.0))
+    guidance = PerturbedAttentionGuidance(
+        perturbed_guidance_layers=[0], perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0
+    )
+    guidance.set_state(step=1, num_inference_steps=4, timestep=torch.tensor(500.0))
+    without = found.run()
 
     @contextlib.contextmanager
     def around():
-        guidance._count_prepared = guidance.num_conditions - 1
+        guidance._count_prepared = 2
         guidance.prepare_models(found.model)
+        assert not torch.allclose(found.run(), without, atol=1e-3)
         try:
             yield
         finally:
@@ -217,7 +221,7 @@ def autocast(family: str) -> Situation:
 
 
 SITUATIONS: dict[str, Callable[[], Situation]] = {
-    "perturbed-attention guider": lambda: guider("cogvideox"),
+    "perturbed-attention guider": lambda: guider("qwen-image"),
     "layer skip, scores": lambda: layer_skip("sdxl", "down_blocks.1.attentions.0.transformer_blocks"),
     "layer skip, scores, dispatcher": lambda: layer_skip("qwen-image", "transformer_blocks"),
     "PAG processors": pag,

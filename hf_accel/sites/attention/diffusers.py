@@ -30,11 +30,18 @@ from hf_accel.hosts.clocks.steps import Announcement, Clock, Clocks
 from hf_accel.hosts.denoisers import DENOISERS, describe
 from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model, kind
-from hf_accel.hosts.walk import with_attribute
+from hf_accel.hosts.walk import modules, with_attribute
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched, Skipped
 from hf_accel.sites.attention import transformers as language
-from hf_accel.sites.attention.interception import SdpaMode, gradients_needed, others, seen_by_others, taken_by
+from hf_accel.sites.attention.interception import (
+    SdpaMode,
+    gradients_needed,
+    others,
+    seen_by_others,
+    taken_by,
+    traced_beside_others,
+)
 from hf_accel.sites.attention.seam import (
     AttentionCore,
     AttentionSeam,
@@ -99,10 +106,11 @@ def install(model: Model, core: AttentionCore, ledger: Ledger, report: MethodRep
     shared = _shared(processor for _, _, processor in processors)
     for index, (name, attention) in enumerate(usable):
         if _dispatches(attention.processor):
-            _patch_dispatch(attention, index, seams.shared, ledger, clone=id(attention.processor) in shared)
+            clone = id(attention.processor) in shared
+            _patch_dispatch(model.module, attention, index, seams.shared, ledger, clone)
             how = "attention through the dispatcher"
         else:
-            _patch_sdpa(attention, seams.shared, ledger)
+            _patch_sdpa(model.module, attention, seams.shared, ledger)
             how = "attention through scaled_dot_product_attention"
         ledger.pre_hook(attention, LayerHook(seams, index))
         report.patched.append(Patched(model.name, name, how))
@@ -184,7 +192,7 @@ def _register_backend(name: str) -> Callable[[], None]:
 
 
 def _patch_dispatch(
-    attention: torch.nn.Module, index: int, context: AttentionSeam, ledger: Ledger, clone: bool
+    root: torch.nn.Module, attention: torch.nn.Module, index: int, context: AttentionSeam, ledger: Ledger, clone: bool
 ) -> None:
     name = TRAINABLE_NAME if context.core.differentiable else BACKEND_NAME
     ledger.hold(SharedRegistration(name, functools.partial(_register_backend, name)))
@@ -193,7 +201,7 @@ def _patch_dispatch(
     processor: Any = attention.processor
     context.native[index] = processor._attention_backend
     ledger.set(processor, "_attention_backend", _private_member(name))
-    context.places.append(_DispatchPlace(attention, processor, _private_member(name)))
+    context.places.append(_DispatchPlace(root, attention, processor, _private_member(name)))
 
 
 def _dispatched_attention(
@@ -210,7 +218,7 @@ def _dispatched_attention(
     """The private backend. ``[B, S, H, D]`` in and out; diffusers passes the arguments it finds by name."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = gradients_needed(query, key, value)
-    if torch.compiler.is_compiling() and others() is not None:
+    if traced_beside_others():
         from hf_accel.hosts.patching.outside import outside_the_graph
 
         return outside_the_graph(
@@ -276,10 +284,10 @@ def _patched_class(base: type, trainable: bool) -> type:
 
     @functools.wraps(original)
     def call(self, *args, **kwargs):
-        who = others()
         if torch.compiler.is_compiling():
-            with SdpaMode(trainable, last=who is not None):
+            with SdpaMode(trainable, last=traced_beside_others()):
                 return original(self, *args, **kwargs)
+        who = others()
         with SdpaMode(trainable, last=who is not None) as mode:
             out = original(self, *args, **kwargs)
         if not mode.calls and (context := active_context()) is not None:
@@ -308,7 +316,7 @@ def _register_processor(base: type, trainable: bool) -> Callable[[], None]:
     return lambda: AttentionProcessorRegistry._registry.pop(patched, None)
 
 
-def _patch_sdpa(attention: torch.nn.Module, context: AttentionSeam, ledger: Ledger) -> None:
+def _patch_sdpa(root: torch.nn.Module, attention: torch.nn.Module, context: AttentionSeam, ledger: Ledger) -> None:
     processor: Any = attention.processor
     base: Any = type(processor)
     twin = copy.copy(processor)
@@ -316,7 +324,7 @@ def _patch_sdpa(attention: torch.nn.Module, context: AttentionSeam, ledger: Ledg
     twin.__class__ = _patched_class(base, trainable)
     ledger.hold(SharedRegistration((base, trainable), functools.partial(_register_processor, base, trainable)))
     ledger.set(attention, "processor", twin)
-    context.places.append(_SdpaPlace(attention, base))
+    context.places.append(_SdpaPlace(root, attention, base))
 
 
 # -- what becomes of it afterwards ---------------------------------------------------------------------------------
@@ -324,11 +332,25 @@ def _patch_sdpa(attention: torch.nn.Module, context: AttentionSeam, ledger: Ledg
 AGAIN = "take the method off with hf_accel.revert(model, force=True), then apply it again"
 
 
-class _DispatchPlace:
+class _DiffusersPlace:
+    """One patched attention of a denoiser, ``root``."""
+
+    def __init__(self, root: torch.nn.Module, attention: Any):
+        self.root, self.attention = root, attention
+
+    def may_be_skipped(self) -> bool:
+        return _hooked(self.attention)
+
+    def may_all_be_skipped(self) -> bool:
+        return any(map(_hooked, modules(self.root)))
+
+
+class _DispatchPlace(_DiffusersPlace):
     """An attention whose processor names our backend."""
 
-    def __init__(self, attention: Any, processor: Any, member: Any):
-        self.attention, self.processor, self.member = attention, processor, member
+    def __init__(self, root: torch.nn.Module, attention: Any, processor: Any, member: Any):
+        super().__init__(root, attention)
+        self.processor, self.member = processor, member
 
     @property
     def silent(self) -> str:
@@ -341,18 +363,16 @@ class _DispatchPlace:
         if current is not self.processor and getattr(current, "_attention_backend", None) is not self.member:
             return _replaced_by(current)
         if current._attention_backend is not self.member:
-            return "set_attention_backend() was called after apply(); revert, set the backend, apply again"
+            return f"set_attention_backend() was called after apply(); to have the method back, {AGAIN}"
         return None
 
-    def may_be_skipped(self) -> bool:
-        return _hooked(self.attention)
 
-
-class _SdpaPlace:
+class _SdpaPlace(_DiffusersPlace):
     """An attention whose processor was exchanged for one that runs inside :class:`SdpaMode`."""
 
-    def __init__(self, attention: Any, base: type):
-        self.attention, self.base = attention, base
+    def __init__(self, root: torch.nn.Module, attention: Any, base: type):
+        super().__init__(root, attention)
+        self.base = base
 
     @property
     def silent(self) -> str:
@@ -365,9 +385,6 @@ class _SdpaPlace:
         current = self.attention.processor
         # Loaders make other objects of the class that they find; those run as well.
         return None if type(current) in _PATCHED_CLASSES else _replaced_by(current)
-
-    def may_be_skipped(self) -> bool:
-        return _hooked(self.attention)
 
 
 def _replaced_by(processor: Any) -> str:
@@ -426,12 +443,17 @@ def _attend(
         out = context.attend(query, key, value, mask, scale, causal, False, reference)
     else:
         out = _dispatched_attention(query, key, value, mask, 0.0, causal, scale, gqa)
-    return torch.empty_like(query, memory_format=torch.contiguous_format).copy_(out)
+    return _like(query, value).copy_(out)
+
+
+def _like(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Values may be narrower than queries."""
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 @_attend.register_fake
 def _(query, key, value, mask, scale, causal, gqa, heads_first, needs_grad):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+    return _like(query, value)
 
 
 def _attend_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:

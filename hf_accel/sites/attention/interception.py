@@ -83,6 +83,12 @@ def others() -> str | None:
     return " and ".join(names) or None
 
 
+def traced_beside_others() -> bool:
+    """Whether dynamo traces a model while others intercept: such calls leave the graph. Exporting without dynamo has a
+    mode of its own on, which is no other."""
+    return torch.compiler.is_dynamo_compiling() and others() is not None
+
+
 def seen_by_others(who: str, context: AttentionSeam, dense: Callable[[Any], torch.Tensor]) -> torch.Tensor:
     """An attention call of the host's own where others intercept: they see it, and the seam has what they let through.
 

@@ -29,10 +29,10 @@ from hf_accel.attention.masks import MaskMemo, hidden_keys
 from hf_accel.hosts.clocks.steps import Clock, Clocks
 from hf_accel.hosts.denoisers import Denoiser, dims_from_ids, level_of
 from hf_accel.kernels.common import kernel_log
-from hf_accel.requests import Occupied, PerRequest, Request, by_key, in_backward
+from hf_accel.requests import Occupied, PerRequest, Request, by_key, in_backward, in_functional_transform
 from hf_accel.sites.attention.statistics import AttentionStatistics
 
-# A call of an IP adapter, say, in an attention that has had its own: it is over other keys.
+# An attention module that computed its attention calls once more, over other keys: an IP adapter's, of the image.
 FURTHER = "a further attention within one layer"
 
 
@@ -63,6 +63,9 @@ class Place(Protocol):
 
     def may_be_skipped(self) -> bool:
         """Whether somebody's hook stands around it, which may reuse what it computed before."""
+
+    def may_all_be_skipped(self) -> bool:
+        """Whether somebody's hook stands anywhere in the model, as those of step caches do."""
 
 
 class OrderMaker(Protocol):
@@ -209,7 +212,7 @@ class AttentionSeam:
             self.finish()
         elif self._entered and self.places:
             self._count_unseen(self._why_unseen(index) for index in self._entered)
-        elif not self._calls:  # blocks that are compiled one by one tell of no entry
+        elif not self._calls:  # no hook runs in blocks that are compiled one by one
             self._count_unseen(place.replaced() for place in self.places)
 
     def _why_unseen(self, layer: int) -> str | None:
@@ -225,10 +228,9 @@ class AttentionSeam:
 
     def _judge_compiled(self) -> None:
         """Nobody tells when a compiled forward ends; the next begins, or its pipeline call is over."""
-        if self._unended and self._calls == 0:
+        if self._unended and self._calls == 0 and self.places and not self.places[0].may_all_be_skipped():
             words = "a compiled forward came to none of its patched attentions"
-            unseen = (None if one.replaced() or one.may_be_skipped() else words for one in self.places)
-            self._count_unseen(unseen)
+            self._count_unseen(None if one.replaced() else words for one in self.places)
         self._unended = False
 
     def _count_unseen(self, reasons: Iterable[str | None]) -> None:
@@ -319,6 +321,8 @@ class AttentionSeam:
         """
         if not query.dim() == key.dim() == value.dim() == 4:
             return self.run_dense("queries, keys and values without batch or heads", dense)
+        if in_functional_transform():
+            return self.run_dense("a transform of torch.func, or forward-mode derivatives", dense)
         layer, item = self._locate()
         self._calls += 1
         if layer is None:
@@ -386,6 +390,8 @@ class RootHook:
                 return args, {**kwargs, spec.latents: marked}
             return (marked, *args[1:]), kwargs
         prompt = arguments.get("encoder_hidden_states")
+        if not isinstance(prompt, torch.Tensor):  # an IP adapter's pictures beside it
+            prompt = next((one for one in prompt or () if isinstance(one, torch.Tensor)), None)
         self.seams.begin().begin(hidden, timestep, dims, ids, prompt)
         return None
 
@@ -402,14 +408,19 @@ class EndHook:
 
 
 class LayerHook:
-    """Forward pre-hook of one attention module: says which layer runs. Nothing under ``torch.compile``."""
+    """Forward pre-hook of one attention module: says which layer runs. Nothing under ``torch.compile``, and nothing on
+    the copy of a part of a model, which has no seam."""
 
-    def __init__(self, seams: AttentionSeams, index: int):
+    def __init__(self, seams: AttentionSeams | None, index: int):
         self.seams, self.index = seams, index
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+        if self.seams is not None and not torch.compiler.is_compiling():
             self.seams.now().enter_layer(self.index)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerHook:
+        # The hooks of the whole are copied before its parts. A part alone must not bring the whole along.
+        return LayerHook(memo.get(id(self.seams)), self.index)
 
 
 def active_context() -> AttentionSeam | None:

@@ -29,7 +29,7 @@ from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport, Patched
-from hf_accel.sites.attention.interception import gradients_needed, others, seen_by_others
+from hf_accel.sites.attention.interception import gradients_needed, others, seen_by_others, traced_beside_others
 from hf_accel.sites.attention.seam import (
     AttentionCore,
     AttentionSeam,
@@ -67,6 +67,8 @@ def why_not(module: torch.nn.Module) -> str | None:
             f"{name} runs attention as {implementation!r}; call model.set_attn_implementation('sdpa') first "
             f"(known: {', '.join(NATIVE)})"
         )
+    if any(map(attention_interface.asks_for_its_name, {type(sub) for _, sub in found})):
+        return f"{name} selects tokens by itself, in another way for each attention implementation"
     if not all(sub.is_causal for _, sub in found):
         return f"{name} has attention that is not causal"
     return None
@@ -137,11 +139,11 @@ class PrefillHook:
         self.seams = seams
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        name = "input_ids" if kwargs.get("input_ids") is not None or args else "inputs_embeds"
-        tokens = kwargs[name] if name in kwargs else args[0]
+        name = next((name for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+        tokens = kwargs[name] if name is not None else args[0]
         if torch.compiler.is_compiling():
             marked = torch.ops.hf_accel.begin_forward(tokens, tokens.new_zeros(1), None, [], self.seams.key)
-            return (args, {**kwargs, name: marked}) if name in kwargs else ((marked, *args[1:]), kwargs)
+            return (args, {**kwargs, name: marked}) if name is not None else ((marked, *args[1:]), kwargs)
         self.seams.begin().begin(tokens, None, None, None)
         return None
 
@@ -208,6 +210,9 @@ class _LanguagePlace:
     def may_be_skipped(self) -> bool:
         return False
 
+    def may_all_be_skipped(self) -> bool:
+        return False
+
 
 def _register() -> Callable[[], None]:
     """Our attention functions in front of transformers'; returns the removal."""
@@ -228,11 +233,12 @@ def _attention(
     native = native_function(implementation, module)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     # Without a mask transformers' sdpa means a causal one, and its eager attention none.
-    implied = implementation != "eager" and kwargs.get("is_causal") is not False
+    asked = kwargs.get("is_causal")
+    implied = implementation != "eager" and bool(module.is_causal if asked is None else asked)
     causal = attention_mask is None and query.shape[2] > 1 and implied
     needs_grad = gradients_needed(query, key, value)
     shown = bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
-    if torch.compiler.is_compiling() and not shown and not _alters(kwargs) and others() is None:
+    if torch.compiler.is_compiling() and not shown and not _alters(kwargs) and not traced_beside_others():
         grouped = query.shape[1] != key.shape[1]
         out = torch.ops.hf_accel.attend(query, key, value, attention_mask, scale, causal, grouped, True, needs_grad)
         return out.transpose(1, 2), None

@@ -29,6 +29,13 @@ from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import transformers as language
 
+DEEPSEEK = dict(
+    vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=32, qk_rope_head_dim=8,
+    qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+    first_k_dense_replace=1, n_group=1, topk_group=1, max_position_embeddings=512,
+)  # fmt: skip
+
 
 def llama(seed: int = 0, **extra) -> LlamaForCausalLM:
     torch.manual_seed(seed)
@@ -292,17 +299,54 @@ def test_texts_packed_into_one_row_run_dense_and_are_counted():
 @torch.no_grad()
 def test_values_narrower_than_keys_are_exact():
     torch.manual_seed(0)
-    config = DeepseekV3Config(
-        vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=32, qk_rope_head_dim=8,
-        qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
-        first_k_dense_replace=1, n_group=1, topk_group=1, max_position_embeddings=512,
-    )  # fmt: skip
+    config = DeepseekV3Config(**DEEPSEEK)
     model, ids = DeepseekV3ForCausalLM(config).eval(), tokens(1, 192)
     plain = model(ids).logits
     with hf_accel.apply(model, "sparge", density=1.0, block_q=64) as applied:
         assert torch.allclose(model(ids).logits, plain, atol=1e-5)
         assert run_of(applied).sparse_calls == 2
+
+
+@torch.no_grad()
+def test_embeddings_behind_no_tokens_and_attention_that_is_made_bidirectional():
+    model, ids = llama(), tokens()
+    embedded = model.model.embed_tokens(ids)
+    hidden = model.model(ids).last_hidden_state
+    with hf_accel.apply(model, "sparge", density=1.0) as applied:
+        assert torch.allclose(model.model(None, inputs_embeds=embedded).last_hidden_state, hidden, atol=1e-5)
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+        ours = model.model(ids).last_hidden_state
+        assert run_of(applied).sparse_calls == 4
+    assert torch.allclose(ours, model.model(ids).last_hidden_state, atol=1e-5)
+    assert not torch.allclose(ours, hidden, atol=1e-3)
+
+
+@torch.no_grad()
+def test_eager_attention_of_a_class_from_the_users_file():
+    model, ids = llama(attn_implementation="eager"), tokens()
+    dense = model(ids).logits
+
+    class Mine(type(model.model.layers[0].self_attn)):
+        pass
+
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Mine
+    with hf_accel.apply(model, "dense"):
+        assert torch.allclose(model(ids).logits, dense, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_compiled_model_with_narrow_values():
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**DEEPSEEK)).eval()
+    ids = tokens(1, 24)
+    dense = model(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    with hf_accel.apply(model, "sparge", density=1.0):
+        compiled = torch.compile(model, backend="aot_eager")
+        assert torch.allclose(compiled(ids, use_cache=False).logits, dense, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_gradients_flow_and_saving_names_no_implementation(tmp_path):

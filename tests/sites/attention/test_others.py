@@ -183,6 +183,12 @@ PLACES = {"wan": "blocks", "cogvideox": "transformer_blocks", "qwen-image": "tra
           "sdxl": "down_blocks.1.attentions.0.transformer_blocks"}  # fmt: skip
 
 
+# Its own models, unpatched: a processor that is not registered, and one tensor where two are expected.
+DIFFUSERS_CANNOT = {
+    ("cogvideox", "attention"), ("cogvideox", "scores"), ("qwen-image", "attention"), ("qwen-image", "block"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("what", ["attention", "scores", "feed forward", "block"])
 @pytest.mark.parametrize("family", ["cogvideox", "qwen-image", "sdxl"])
 @pytest.mark.parametrize("first", ["skip", "method"])
@@ -196,11 +202,11 @@ def test_layer_skipping_is_obeyed(family, what, first):
     plain = run()
     twin, run_twin = _denoiser(family)
     twin.load_state_dict(model.state_dict())
-    apply_layer_skip(twin, config)
     try:
+        apply_layer_skip(twin, config)
         theirs = run_twin()
-    except ValueError:  # diffusers returns one tensor for two
-        assert (family, what) in {("qwen-image", "attention"), ("qwen-image", "block")}
+    except (ValueError, RuntimeError):
+        assert (family, what) in DIFFUSERS_CANNOT
         return
     assert not torch.allclose(theirs, plain, atol=1e-5)
     if first == "skip":
