@@ -28,7 +28,7 @@ def test_a_mistake_is_a_sentence_not_a_traceback(capsys, tmp_path):
 
 def test_demo_writes_pictures_and_figures(capsys, tmp_path):
     assert "mini-wan" in zoo.names()
-    status = main(["demo", "--out", str(tmp_path), "--steps", "3", "--set", "dense_steps=1", "kmeans_iter_init=2"])
+    status = main(["demo", "--out", str(tmp_path), "--steps", "2", "--set", "dense_steps=1", "kmeans_iter_init=2"])
     assert status == 0
     found = json.loads((tmp_path / "comparison.json").read_text())
     dense, ours = found["summary"]

@@ -39,7 +39,7 @@ from hf_accel.sites.attention.interception import (
     gradients_needed,
     others,
     seen_by_others,
-    taken_by,
+    left_to,
     traced_beside_others,
 )
 from hf_accel.sites.attention.seam import (
@@ -292,7 +292,7 @@ def _patched_class(base: type, trainable: bool) -> type:
             out = original(self, *args, **kwargs)
         if not mode.calls and (context := active_context()) is not None:
             if who is not None:
-                return context.run_dense(taken_by(who), lambda native: out)
+                return context.run_dense(left_to(who), lambda native: out)
             context.ran_silently()
         return out
 

@@ -99,12 +99,12 @@ def seen_by_others(who: str, context: AttentionSeam, dense: Callable[[Any], torc
     """
     with SdpaMode(context.core.differentiable, last=True) as mode:
         out = dense(context.native_of_next())
-    return out if mode.calls else context.run_dense(taken_by(who), lambda native: out)
+    return out if mode.calls else context.run_dense(left_to(who), lambda native: out)
 
 
-def taken_by(who: str) -> str:
-    """The reason under which a call is counted that somebody else took."""
-    return f"taken by {who}"
+def left_to(who: str) -> str:
+    """The reason under which a call is counted that others were let see, and that did not come to the seam."""
+    return f"left to {who}"
 
 
 def gradients_needed(*tensors: torch.Tensor) -> bool:

@@ -274,11 +274,6 @@ class AttentionSeam:
             place = self._expected[place] if place < len(self._expected) else len(self.layers)
         return (self.layers[place], item) if place < len(self.layers) else (None, 0)
 
-    @property
-    def calls(self) -> int:
-        """Attention calls of this forward so far."""
-        return self._calls
-
     def native_of_next(self) -> Any:
         """The native backend of the layer whose call comes next."""
         if _ACTIVE.layer is not None:

@@ -116,7 +116,7 @@ def test_a_mode_that_answers_is_obeyed_and_counted(host):
             assert torch.allclose(run(), theirs, atol=1e-6)
         assert not run_of(applied).sparse_calls
         assert run_of(applied).dense_calls == {
-            "taken by the torch function mode Identity": len(applied.report().entries[0].patched)
+            "left to the torch function mode Identity": len(applied.report().entries[0].patched)
         }
         assert torch.allclose(run(), dense, atol=1e-4)
 
@@ -215,7 +215,7 @@ def test_layer_skipping_is_obeyed(family, what, first):
         if first == "method":
             apply_layer_skip(model, config)
         assert torch.allclose(run(), theirs, atol=1e-4)
-        taken = run_of(applied).dense_calls["taken by the torch function mode AttentionScoreSkipFunctionMode"]
+        taken = run_of(applied).dense_calls["left to the torch function mode AttentionScoreSkipFunctionMode"]
         assert taken == (what == "scores")
 
 
