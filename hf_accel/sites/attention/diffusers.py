@@ -37,9 +37,9 @@ from hf_accel.sites.attention import transformers as language
 from hf_accel.sites.attention.interception import (
     SdpaMode,
     gradients_needed,
+    left_to,
     others,
     seen_by_others,
-    left_to,
     traced_beside_others,
 )
 from hf_accel.sites.attention.seam import (
