@@ -91,3 +91,15 @@ class Recorder:
 def pytest_sessionstart(session):
     if session.config.getoption("--record") and not hasattr(session.config, "workerinput"):
         session.config.pluginmanager.register(Recorder(), "recorder")
+
+
+@pytest.fixture
+def another_implementation():
+    """Attention that somebody else has registered with transformers, as kernels from the Hub are."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for table in (AttentionInterface, AttentionMaskInterface):
+        table.register("another", table()["sdpa"])
+    yield
+    for table in (AttentionInterface, AttentionMaskInterface):
+        table._global_mapping.pop("another")

@@ -7,7 +7,7 @@ window slides, where images stand inside a text. A mask that is nothing known he
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
@@ -18,30 +18,33 @@ _AT_ONCE = 1 << 26
 
 
 class MaskMemo:
-    """What masks are, found once for the layers of a forward that are handed the same mask."""
+    """What masks are, found once for all layers and forwards that are handed the same mask, unchanged."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[weakref.ref[torch.Tensor], int, Any]] = []
+        self._forward = 0
+        self._known: dict[Hashable, tuple[weakref.ref[torch.Tensor], tuple[str, int], Any]] = {}
 
     def begin_forward(self) -> None:
-        """Masks of the last forward may have been written to since."""
-        self._known.clear()
+        self._forward += 1
 
-    def get(self, mask: torch.Tensor, find: Callable[[], T]) -> T:
-        """What ``find()`` says of this very tensor, asked once while nobody writes to it."""
-        version = 0 if mask.is_inference() else mask._version
-        for known, of, found in self._known:
-            if known() is mask and of == version:
-                return found
-        found = find()
-        self._known = [*self._known[-3:], (weakref.ref(mask), version, found)]  # layers of a few kinds take turns
-        return found
+    def get(self, mask: torch.Tensor, find: Callable[[], T], question: Hashable = None) -> T:
+        """What ``find()`` says of this very tensor, asked once for each ``question``."""
+        # Nobody counts the changes of tensors of inference mode; within a forward there are none.
+        version = ("forward", self._forward) if mask.is_inference() else ("version", mask._version)
+        key = id(mask), question
+        known = self._known.get(key)
+        if known is None or known[0]() is not mask or known[1] != version:
+            if len(self._known) >= 8:  # kinds of layers of a few requests
+                self._known.clear()
+            known = weakref.ref(mask), version, find()
+            self._known[key] = known
+        return known[2]
 
     def __deepcopy__(self, memo: dict) -> MaskMemo:
-        return MaskMemo()
+        return type(self)()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_known": []}
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()
 
 
 def split_causal(mask: torch.Tensor) -> tuple[int, torch.Tensor | None] | None:

@@ -10,7 +10,7 @@ diffusers keeps its hooks in a registry on every module, under names of its own;
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,10 +86,15 @@ def reader_of_places(module: torch.nn.Module) -> str | None:
     return None
 
 
+def hooks_on(module: torch.nn.Module) -> Mapping[str, Any]:
+    """The hooks of diffusers on this very module, by name."""
+    registry = module.__dict__.get(_REGISTRY)
+    return registry.hooks if registry is not None else {}
+
+
 def _hooked(*names: str) -> Callable[[Any], bool]:
     def seen(module: Any) -> bool:
-        registry = module.__dict__.get(_REGISTRY)
-        return registry is not None and any(name in registry.hooks for name in names)
+        return any(name in hooks_on(module) for name in names)
 
     return seen
 

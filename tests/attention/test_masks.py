@@ -112,7 +112,7 @@ def test_keys_that_are_hidden_from_all(piecewise):
     assert hidden_keys(CAUSAL[None, None], outer=True) is None
 
 
-def test_a_memo_knows_a_mask_by_its_identity_and_for_one_forward():
+def test_a_memo_knows_a_mask_by_its_identity_while_it_is_unchanged():
     memo, asked = MaskMemo(), []
     one, other = CAUSAL.clone(), CAUSAL.clone()
 
@@ -123,4 +123,9 @@ def test_a_memo_knows_a_mask_by_its_identity_and_for_one_forward():
     one[0, 0] = False
     assert find(one) == 3
     memo.begin_forward()
-    assert find(other) == 4
+    assert find(other) == 2
+    with torch.inference_mode():  # where nobody counts changes
+        unseen = CAUSAL.clone()
+        assert find(unseen) == find(unseen) == 4
+        memo.begin_forward()
+        assert find(unseen) == 5

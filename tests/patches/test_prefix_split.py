@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import hf_accel
 from hf_accel import registry
@@ -237,16 +237,6 @@ def test_a_compiled_decoder_stops_at_a_mask_it_cannot_look_into(small, fresh_dyn
         decoded(compiled, cache, mask)
         with pytest.raises(RuntimeError, match="some positions of the canvas"):
             decoded(compiled, cache, {**mask, name: changed} if name else changed)
-
-
-@pytest.fixture
-def another_implementation():
-    """Attention that somebody else has registered with transformers, as kernels from the Hub are."""
-    AttentionInterface.register("another", AttentionInterface()["sdpa"])
-    AttentionMaskInterface.register("another", AttentionMaskInterface()["sdpa"])
-    yield
-    for table in (AttentionInterface, AttentionMaskInterface):
-        table._global_mapping.pop("another")
 
 
 @torch.no_grad()

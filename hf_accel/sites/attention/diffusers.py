@@ -28,6 +28,8 @@ from hf_accel.facts import Medium
 from hf_accel.hosts.clocks.call_end import CallEnd
 from hf_accel.hosts.clocks.steps import Announcement, Clock, Clocks
 from hf_accel.hosts.denoisers import DENOISERS, describe
+from hf_accel.hosts.foreign import hooks_on
+from hf_accel.hosts.patching.forward_override import replaced_forward
 from hf_accel.hosts.patching.registration import SharedRegistration
 from hf_accel.hosts.target import Model, kind
 from hf_accel.hosts.walk import modules, with_attribute
@@ -339,10 +341,10 @@ class _DiffusersPlace:
         self.root, self.attention = root, attention
 
     def may_be_skipped(self) -> bool:
-        return _hooked(self.attention)
+        return bool(hooks_on(self.attention))
 
     def may_all_be_skipped(self) -> bool:
-        return any(map(_hooked, modules(self.root)))
+        return any(map(hooks_on, modules(self.root)))
 
 
 class _DispatchPlace(_DiffusersPlace):
@@ -393,16 +395,9 @@ def _replaced_by(processor: Any) -> str:
 
 def _other_forward(attention: torch.nn.Module) -> str | None:
     """In words, if somebody overrides the forward of this very module."""
-    own = attention.__dict__.get("forward")
-    if own is None or getattr(own, "__func__", None) is type(attention).forward:
+    if replaced_forward(attention) is None:
         return None
     return "its forward was replaced, and did not come to the processor; undo that, or take the method off"
-
-
-def _hooked(attention: torch.nn.Module) -> bool:
-    """Whether a hook of diffusers, which may skip what it stands around, is on an attention module."""
-    registry = attention.__dict__.get("_diffusers_hook")
-    return registry is not None and bool(registry.hooks)
 
 
 # -- the opaque operator under torch.compile -----------------------------------------------------------------------

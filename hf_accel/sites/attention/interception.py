@@ -84,8 +84,8 @@ def others() -> str | None:
 
 
 def traced_beside_others() -> bool:
-    """Whether dynamo traces a model while others intercept: such calls leave the graph. Exporting without dynamo has a
-    mode of its own on, which is no other."""
+    """Whether dynamo traces a model while others intercept. Exporting without dynamo has a mode of its own on, which is
+    no other."""
     return torch.compiler.is_dynamo_compiling() and others() is not None
 
 

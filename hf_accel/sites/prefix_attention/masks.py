@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import NamedTuple
 
 import torch
+
+from hf_accel.attention.masks import MaskMemo
 
 
 class SplitMask(NamedTuple):
@@ -58,30 +59,12 @@ def split_mask(mask: torch.Tensor | None, prefix: int, block: int, start: int | 
     return SplitMask(None if all_front else front[:, 0, 0].contiguous(), None if all_back else back.contiguous())
 
 
-class MaskMemo:
+class SplitMemo(MaskMemo):
     """:func:`split_mask`, once for all layers and steps that are handed the same mask, unchanged."""
-
-    def __init__(self) -> None:
-        self._forward = 0
-        self._known: dict[tuple[int, int, int | None], tuple[weakref.ref, tuple, SplitMask | None]] = {}
-
-    def __deepcopy__(self, memo: dict) -> MaskMemo:
-        return MaskMemo()
-
-    def begin_forward(self) -> None:
-        self._forward += 1
 
     def split(self, mask: torch.Tensor | None, prefix: int, block: int, start: int | None = None) -> SplitMask | None:
         """As :func:`split_mask`."""
         if mask is None:
             return ALL_VISIBLE
-        # Nobody counts the changes of tensors of inference mode; within a forward there are none.
-        version = ("forward", self._forward) if mask.is_inference() else ("version", mask._version)
         place = prefix, block, start
-        known = self._known.get(place)
-        if known is None or known[0]() is not mask or known[1] != version:
-            if len(self._known) >= 8:  # kinds of layers of a few requests
-                self._known.clear()
-            known = weakref.ref(mask), version, split_mask(mask, prefix, block, start)
-            self._known[place] = known
-        return known[2]
+        return self.get(mask, lambda: split_mask(mask, *place), place)

@@ -19,7 +19,7 @@ from hf_accel.hosts.patching.eager import run_eagerly
 from hf_accel.kernels.common import kernel_log
 from hf_accel.requests import PerRequest, Request
 from hf_accel.sites.prefix_attention.call import PrefixCall
-from hf_accel.sites.prefix_attention.masks import MaskMemo, SplitMask
+from hf_accel.sites.prefix_attention.masks import SplitMask, SplitMemo
 from hf_accel.sites.prefix_attention.statistics import PrefixAttentionStatistics
 
 SEAT = "_hf_accel_block_seat"
@@ -57,13 +57,13 @@ class PrefixSeam:
         self.context, self.core, self.run = context, core, PrefixAttentionStatistics()
         self.layers = [Layer(name, index, len(names)) for index, name in enumerate(names)]
         self.timed = False
-        self.masks = MaskMemo()
+        self.masks = SplitMemo()
         self._block: tuple[int, int] | None = None
 
     def fork(self, request: Request) -> PrefixSeam:
         twin = copy.copy(self)
         twin.context, twin.core = self.context.fork(), self.core.fork()
-        twin.run, twin.masks = PrefixAttentionStatistics(), MaskMemo()
+        twin.run, twin.masks = PrefixAttentionStatistics(), SplitMemo()
         return twin
 
     def attend(self, call: PrefixCall) -> torch.Tensor:

@@ -11,6 +11,7 @@ import hf_accel
 from hf_accel.errors import NotApplicable
 from hf_accel.sites.attention.seam import LayerHook
 from hf_accel.testing.models import tiny
+from tiny_deepseek import DEEPSEEK
 
 BLOCKS = {"wan": "blocks", "llama": "model.layers", "cogvideox": "transformer_blocks"}
 
@@ -90,13 +91,7 @@ def test_models_that_ask_for_the_name_of_their_attention_are_refused():
     """The indexer of DeepSeek-V3.2 masks under the names that it knows, and hands its choice on under all others."""
     from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
-    config = DeepseekV32Config(
-        vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=32, qk_rope_head_dim=8,
-        qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
-        first_k_dense_replace=1, n_group=1, topk_group=1, max_position_embeddings=512, index_topk=4,
-        index_n_heads=2, index_head_dim=16,
-    )  # fmt: skip
+    config = DeepseekV32Config(**DEEPSEEK, index_topk=4, index_n_heads=2, index_head_dim=16)
     with pytest.raises(NotApplicable, match="selects tokens by itself"):
         hf_accel.apply(DeepseekV32ForCausalLM(config), "sparge")
 

@@ -28,13 +28,7 @@ from hf_accel.hosts.target import Model
 from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.attention import transformers as language
-
-DEEPSEEK = dict(
-    vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=32, qk_rope_head_dim=8,
-    qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
-    first_k_dense_replace=1, n_group=1, topk_group=1, max_position_embeddings=512,
-)  # fmt: skip
+from tiny_deepseek import DEEPSEEK
 
 
 def llama(seed: int = 0, **extra) -> LlamaForCausalLM:
@@ -213,16 +207,6 @@ def test_the_configuration_is_the_users():
     for config in (taken, of_layer):
         assert config._attn_implementation == "eager"
         LlamaForCausalLM(config)(ids)
-
-
-@pytest.fixture
-def another_implementation():
-    """Attention that somebody else has registered with transformers, as kernels from the Hub are."""
-    AttentionInterface.register("another", AttentionInterface()["sdpa"])
-    AttentionMaskInterface.register("another", AttentionMaskInterface()["sdpa"])
-    yield
-    for table in (AttentionInterface, AttentionMaskInterface):
-        table._global_mapping.pop("another")
 
 
 @torch.no_grad()

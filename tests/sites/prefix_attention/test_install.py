@@ -22,7 +22,7 @@ from hf_accel.ledger import Ledger
 from hf_accel.report import MethodReport
 from hf_accel.sites.prefix_attention import install as block_attention
 from hf_accel.sites.prefix_attention.base import PrefixAttentionConfig, PrefixAttentionMethod, PrefixRunner
-from hf_accel.sites.prefix_attention.masks import MaskMemo, split_mask
+from hf_accel.sites.prefix_attention.masks import SplitMemo, split_mask
 from hf_accel.sites.prefix_attention.sdar import OTHER_COMPUTATION, OTHER_MASK
 from hf_accel.sites.prefix_attention.seam import SEAT
 from hf_accel.sites.prefix_attention.split import split_attention
@@ -591,7 +591,7 @@ def test_masks_are_read_once_and_again_if_they_change(monkeypatch):
 
     asked = []
     monkeypatch.setattr(masks, "split_mask", lambda *a: asked.append(a) or split_mask(*a))
-    memo, mask = MaskMemo(), torch.ones(1, 6, dtype=torch.bool)
+    memo, mask = SplitMemo(), torch.ones(1, 6, dtype=torch.bool)
     assert memo.split(mask, 4, 2) == memo.split(mask, 4, 2) == (None, None)
     assert len(asked) == 1
     mask[0, 0] = False
